@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import time
 import traceback
 from collections.abc import Callable
@@ -30,7 +29,8 @@ from fedface.atomic_io import one_at_a_time
 from fedface.codec import encode
 from fedface.device.device import Device
 from fedface.device.local_metrics import check_request, compute_local_metrics
-from fedface.errors import FederationError, PolicyRefusal, PrivacyError, WeightsError
+from fedface.device.reply_time import MARGIN, ReplyTime, photos_per_step
+from fedface.errors import ConfigError, FederationError, PolicyRefusal, PrivacyError, WeightsError
 from fedface.messages.messages import (
     DecryptResult,
     DecryptTask,
@@ -61,11 +61,15 @@ from fedface.training.training_methods import common_streams, noise_source, prep
 
 log = logging.getLogger("fedface.device")
 
+Computation = Callable[[DeviceDataset], Vector]  # faces -> the vector (d,) to be summed, in public ranges
+
 FAILED = b"failed"  # stored in place of a payload for a round that failed
 
 
 def handle_task(task: Task, device: Device) -> Reply:
     """Answer one task, or refuse it; the answer is recorded in the ledger when this returns.
+
+    It returns at the time at which the answer may leave (device/reply_time.py). A device does one task at a time.
 
     Raises:
         WeightsError: The weights do not fit the networks of the task, or are not those that it names.
@@ -74,29 +78,16 @@ def handle_task(task: Task, device: Device) -> Reply:
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
-    with device.ledger() as ledger, one_at_a_time(device.state):
-        return _handle(task, device, ledger)
+    with one_at_a_time(device.state):
+        leaves = ReplyTime(device.answer_seconds)
+        try:
+            with device.ledger() as ledger:
+                return _handle(task, device, ledger, leaves)
+        finally:
+            leaves.wait()
 
 
-def wait_for_slot(started: float, answer_seconds: float) -> None:
-    """Sleep until a moment that does not show how long the work took, except for its order of magnitude.
-
-    Replies leave at whole multiples of `answer_seconds` of the clock: the first that is at least one slot after
-    `started`, or, where the work takes longer, 2, 4, 8, ... slots later.
-
-    Args:
-        started: When the request came, in seconds since 1970.
-        answer_seconds: The slot; 0: no wait.
-    """
-    if answer_seconds <= 0:
-        return
-    first, slots, now = math.ceil(started / answer_seconds), 1, time.time()
-    while (leaves := (first + slots) * answer_seconds) < now:
-        slots *= 2
-    time.sleep(max(0.0, min(leaves - now, 2 * slots * answer_seconds)))
-
-
-def _handle(task: Task, device: Device, ledger: Ledger) -> Reply:
+def _handle(task: Task, device: Device, ledger: Ledger, leaves: ReplyTime) -> Reply:
     if ledger.has_withdrawn(task.run):
         return _recorded(_withdrawn(device), task, device, ledger, entry=None)
     reply: Reply
@@ -104,9 +95,9 @@ def _handle(task: Task, device: Device, ledger: Ledger) -> Reply:
     try:
         match task:
             case TrainTask():
-                reply, entry = _train(task, device, ledger)
+                reply, entry = _train(task, device, ledger, leaves)
             case EvaluateTask():
-                reply, entry = _evaluate(task, device, ledger)
+                reply, entry = _evaluate(task, device, ledger, leaves)
             case DecryptTask():
                 reply = _reveal(task, device, ledger)
     except PolicyRefusal as refusal:
@@ -154,7 +145,9 @@ def _recorded(reply: Reply, task: Task, device: Device, ledger: Ledger, entry: L
     return reply
 
 
-def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, LedgerEntry | None]:
+def _train(
+    task: TrainTask, device: Device, ledger: Ledger, leaves: ReplyTime
+) -> tuple[Reply, LedgerEntry | None]:
     agreed = task.config
     if agreed.training.schedule() != agreed.dp.schedule:
         raise PrivacyError(
@@ -164,10 +157,12 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Ledg
         task=task,
         device=device,
         ledger=ledger,
+        leaves=leaves,
         terms=agreed.dp,
         aggregation=agreed.aggregation,
         agreement=agreed.agreement,
         objective=agreed.training.objective,
+        holdout_fraction=agreed.holdout_fraction,
         metadata={
             "training": agreed.training.kind,
             "recipe": _recipe(encode(agreed.training), encode(agreed.architecture), agreed.holdout_fraction),
@@ -176,36 +171,40 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Ledg
     if (stored := work.stored_reply()) is not None:
         return stored
     model = _asked_model(task, agreed.architecture)
-    begun = prepare_round(model, agreed.training, agreed.dp, common_streams(task.seed, task.round))
     streams = Streams(task.seed).child(f"{device.name}/{task.round}")
 
-    def compute(own: DeviceDataset) -> Vector:
-        mine, _ = own.split(agreed.holdout_fraction, agreed.dp.unit)
-        if agreed.dp.unit == "library" and len(mine) == 0:
-            # The neighbour of a library is an empty library, whose contribution to the sum is zero.
-            return torch.zeros_like(begun.ranges())
-        update = begun.update(
-            mine.images,
-            rng=noise_source(agreed.dp, streams),
-            streams=streams,
-            units=mine.units(agreed.dp.unit),
-        )
-        return _clip_for_library(update / begun.ranges(), agreed.dp)
+    def computation(dp: DPParameters) -> Computation:
+        begun = prepare_round(model, agreed.training, dp, common_streams(task.seed, task.round))
 
-    payload, seconds, entry = work.release(compute, model.size)
+        def compute(own: DeviceDataset) -> Vector:
+            if dp.unit == "library" and len(own) == 0:
+                # The neighbour of a library is an empty library, whose contribution to the sum is zero.
+                return torch.zeros_like(begun.ranges())
+            update = begun.update(
+                own.images, rng=noise_source(dp, streams), streams=streams, units=own.units(dp.unit)
+            )
+            return _clip_for_library(update / begun.ranges(), dp)
+
+        return compute
+
+    payload, seconds, entry = work.release(computation, model.size)
     return TrainResult(device=device.name, payload=payload, seconds_protect=_reported(seconds, device)), entry
 
 
-def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply, LedgerEntry | None]:
+def _evaluate(
+    task: EvaluateTask, device: Device, ledger: Ledger, leaves: ReplyTime
+) -> tuple[Reply, LedgerEntry | None]:
     asked = task.request
     work = _ReleaseTransaction(
         task=task,
         device=device,
         ledger=ledger,
+        leaves=leaves,
         terms=asked.dp,
         aggregation=asked.aggregation,
         agreement=asked.agreement,
         objective=EVALUATION,
+        holdout_fraction=asked.holdout_fraction,
         metadata={
             "method": asked.method.kind,
             "recipe": _recipe(
@@ -223,13 +222,15 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
     check_request(asked, model)
     ranges = asked.ranges()
 
-    def compute(own: DeviceDataset) -> Vector:
-        mine = own.split(asked.holdout_fraction, asked.dp.unit)[1] if asked.holdout_fraction > 0 else own
-        rng = noise_source(asked.dp, Streams(task.seed).child(f"{device.name}/metrics/{task.round}"))
-        metrics = compute_local_metrics(model, mine, asked, seed=task.seed, rng=rng)
-        return _clip_for_library(metrics / ranges, asked.dp)
+    def computation(dp: DPParameters) -> Computation:
+        def compute(own: DeviceDataset) -> Vector:
+            rng = noise_source(dp, Streams(task.seed).child(f"{device.name}/metrics/{task.round}"))
+            metrics = compute_local_metrics(model, own, replace(asked, dp=dp), seed=task.seed, rng=rng)
+            return _clip_for_library(metrics / ranges, dp)
 
-    payload, seconds, entry = work.release(compute, model.size)
+        return compute
+
+    payload, seconds, entry = work.release(computation, model.size)
     return EvaluateResult(
         device=device.name, payload=payload, seconds_protect=_reported(seconds, device)
     ), entry
@@ -242,10 +243,12 @@ class _ReleaseTransaction:
     task: TrainTask | EvaluateTask
     device: Device
     ledger: Ledger
+    leaves: ReplyTime
     terms: DPParameters
     aggregation: AggregationConfig
     agreement: AggregationParameters
     objective: str
+    holdout_fraction: float
     metadata: dict[str, str]
 
     def _all_metadata(self) -> dict[str, str]:
@@ -291,7 +294,7 @@ class _ReleaseTransaction:
         return None
 
     def release(
-        self, compute: Callable[[DeviceDataset], Vector], size: int
+        self, computation: Callable[[DPParameters], Computation], size: int
     ) -> tuple[bytes, float, LedgerEntry]:
         """Record, compute and store; returns the payload, the seconds of `protect`, and the ledger entry.
 
@@ -301,25 +304,29 @@ class _ReleaseTransaction:
         as running out of memory, silences the whole device; that is in no epsilon.
 
         Args:
-            compute: The device's faces -> the vector (d,) to be summed, in public ranges.
+            computation: DP parameters -> a function from faces (n, 3, size, size) to the vector (d,) to be summed, in
+                public ranges.
             size: Side of the faces in pixels.
         """
         task, device, ledger = self.task, self.device, self.ledger
+        compute = computation(self.terms)
         sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
+        expected = self._rehearsed(computation, size)
         # Record before reading a photo: a crash from here on may waste budget but never overspend it.
         entry = device.policy.record(
             task.releases, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
         )
         ledger.record_attempt(task.ledger_key, task.round, attempt=entry.attempt)
+        self.leaves.begin_work(expected)
         try:
             vector: Vector | None = None
             try:
-                vector = compute(device.photos(size))
+                vector = compute(self._chosen(device.photos(size)))
             except Exception:
                 # As text: a stored traceback would keep the photos in memory.
                 log.error("this round is answered with noise alone\n%s", traceback.format_exc())
             if vector is None:  # outside the handler, which keeps the photos in memory
-                vector = compute(DeviceDataset.independent(torch.zeros(0, 3, size, size)))
+                vector = compute(_grey_images(0, size))
             started = time.perf_counter()
             payload = sums.protect(vector, task.round).to_bytes()
             seconds = time.perf_counter() - started
@@ -328,7 +335,53 @@ class _ReleaseTransaction:
             ledger.store_reply(task.ledger_key, task.round, FAILED, attempt=entry.attempt)
             raise
         ledger.store_reply(task.ledger_key, task.round, payload, attempt=entry.attempt)
+        if (used := self.leaves.overran()) is not None:
+            log.warning("this round took longer than twice its rehearsal; replies of this run leave later")
+            ledger.store_work_seconds(task.ledger_key, used)
         return payload, seconds, entry
+
+    def _chosen(self, own: DeviceDataset) -> DeviceDataset:
+        """The faces that this release may use: for training those that are not held out, else those that are."""
+        if isinstance(self.task, EvaluateTask) and self.holdout_fraction == 0:
+            return own
+        training, held_out = own.split(self.holdout_fraction, self.terms.unit)
+        return held_out if isinstance(self.task, EvaluateTask) else training
+
+    def _rehearsed(self, computation: Callable[[DPParameters], Computation], size: int) -> float:
+        """The seconds after which replies of this run leave, from one round on grey images; 0 where no time matters.
+
+        Raises:
+            ConfigError: The round fails on grey images, which shows nothing of a photo; nothing was recorded.
+        """
+        if self.device.answer_seconds <= 0 or not self.terms.is_private:
+            return 0.0
+        key, schedule = self.task.ledger_key, self.terms.schedule
+        if (known := self.ledger.work_seconds(key)) is not None:
+            return known
+        fraction = self.holdout_fraction if isinstance(self.task, EvaluateTask) else 0.0
+        count = photos_per_step(
+            self.device.max_photos,
+            schedule.sampling_rate * (fraction or 1.0),
+            steps=schedule.steps_per_round,
+            in_units=self.terms.unit == "occasion",
+        )
+        log.info("rehearsing a round on %d grey images, to know how long replies of this run take", count)
+        everybody = replace(self.terms, schedule=replace(schedule, sampling_rate=1.0))
+        started = time.perf_counter()
+        try:
+            computation(everybody)(_grey_images(count, size))
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise ConfigError(f"this round fails already on {count} grey images: {error}") from error
+        seconds = MARGIN * (time.perf_counter() - started)
+        self.ledger.store_work_seconds(key, seconds)
+        return seconds
+
+
+def _grey_images(count: int, size: int) -> DeviceDataset:
+    """A library of grey images, of which one is in memory."""
+    return DeviceDataset.independent(
+        torch.full((1, 3, size, size), 127, dtype=torch.uint8).expand(count, -1, -1, -1)
+    )
 
 
 def _reported(seconds: float, device: Device) -> float:

@@ -43,9 +43,10 @@ class DeviceConfig:
         None  # folder on another disk with the head of the ledger, to detect a rolled-back copy
     )
 
-    # Replies leave at multiples of this time after a request, in seconds, so that their time does not show how many
-    # photos were computed on; 0: at once. Longer than the work on one round.
+    # Replies leave at multiples of this time, in seconds, and take as long as those of a library of `max_photos`, so
+    # that their time does not show how many photos were computed on (device/reply_time.py); 0: at once.
     answer_seconds: Annotated[float, In("[0, 3600]")] = 60.0
+    max_photos: Annotated[int, In("[1, 1000000]")] = 1_000  # with more photos the device does not take part
 
     def __post_init__(self) -> None:
         if not (0 < len(self.name) <= 80 and self.name.isprintable()):

@@ -45,6 +45,7 @@ class Device:
     server: str = "the coordinator"  # the receiver of replies, as the owner calls it
     witness: Path | None = None  # folder elsewhere that stores the head of the ledger
     answer_seconds: float = 0.0  # replies leave at multiples of this time; 0, for simulated devices: at once
+    max_photos: int = 1_000  # replies take as long as those of a library of this size
 
     @property
     def ledger_path(self) -> Path:
@@ -90,6 +91,12 @@ def load_device(path: Path) -> Device:
             raise ConditionsNotMet(
                 f"the photos in {folder} are being scanned; a round now would cost epsilon and use none of them"
             )
+        try:
+            library = PhotoLibrary(folder, detector=_detector(config).name, selection=_selection(config))
+        except LibraryError:  # not scanned yet, or without a face
+            return
+        if (problem := _too_many(library, config)) is not None:
+            raise ConditionsNotMet(problem)
 
     def photos(size: int) -> DeviceDataset:
         register_index(state, index.path)
@@ -104,6 +111,26 @@ def load_device(path: Path) -> Device:
         server=config.server,
         witness=config.witness,
         answer_seconds=config.answer_seconds,
+        max_photos=config.max_photos,
+    )
+
+
+def _detector(config: DeviceConfig) -> EmbeddedDetector | YuNetDetector:
+    return EmbeddedDetector() if config.detector is None else YuNetDetector(config.detector)
+
+
+def _selection(config: DeviceConfig) -> PhotoSelection:
+    policy = config.policy
+    return PhotoSelection(folders=tuple(policy.folders), exclude_folders=tuple(policy.exclude_folders))
+
+
+def _too_many(library: PhotoLibrary, config: DeviceConfig) -> str | None:
+    """Why a library is too large for the time that its replies take; None if it is not."""
+    if len(library) <= config.max_photos:
+        return None
+    return (
+        f"{len(library):,} photos with a face are more than max_photos ({config.max_photos:,}): raise it in the "
+        "device file, or limit the policy's folders; until then this device does not take part"
     )
 
 
@@ -113,15 +140,15 @@ def _faces(config: DeviceConfig, size: int) -> DeviceDataset:
     Without a face the reply is noise alone, and a photo that was just deleted is left out. An error instead would
     reveal to the server, without noise, that the folder is empty or that a photo changed.
     """
-    finder = EmbeddedDetector() if config.detector is None else YuNetDetector(config.detector)
-    policy = config.policy
-    selection = PhotoSelection(folders=tuple(policy.folders), exclude_folders=tuple(policy.exclude_folders))
+    finder = _detector(config)
     try:
-        scan_library(config.photos, detector=finder, crop_size=size, selection=selection)
-        library = PhotoLibrary(config.photos, detector=finder.name, selection=selection)
+        scan_library(config.photos, detector=finder, crop_size=size, selection=_selection(config))
+        library = PhotoLibrary(config.photos, detector=finder.name, selection=_selection(config))
     except EmptyLibrary as error:
         log.warning("%s; this round is answered with noise alone", error)
         return DeviceDataset.independent(torch.zeros(0, 3, size, size))
+    if (problem := _too_many(library, config)) is not None:
+        raise LibraryError(problem)
     images = torch.empty((len(library), 3, size, size), dtype=torch.uint8)
     usable = []
     for number, crop in enumerate(library.crops(size)):

@@ -59,6 +59,7 @@ CACHED_REPLIES = 16  # of the latest runs; bytes of older ones are deleted
 FREE_ATTEMPTS = 3  # computations that may begin on one booking before one is answered
 
 _REPLIES = "CREATE TABLE replies (answer INTEGER PRIMARY KEY, run TEXT NOT NULL, body BLOB NOT NULL)"
+_WORK = "CREATE TABLE work (run TEXT PRIMARY KEY, seconds REAL NOT NULL)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ class Ledger:
             LedgerError: The file is damaged, of another format, was rolled back or replaced, or has gone while its head
                 remains; or its witness is missing.
         """
-        return Ledger(Chain.open(Path(path), witness=witness, now=now, tables=[_REPLIES]), now)
+        return Ledger(Chain.open(Path(path), witness=witness, now=now, tables=[_REPLIES, _WORK]), now)
 
     def close(self) -> None:
         """End the session and close the file."""
@@ -488,6 +489,17 @@ class Ledger:
         with self._chain.write_transaction() as page:
             where = f" WHERE run IN ({', '.join('?' * len(runs))})" if runs else ""
             return page.sql.execute(f"DELETE FROM replies{where}", runs).rowcount
+
+    def store_work_seconds(self, run: str, seconds: float) -> None:
+        """Store how long a round of a run takes at most, as measured without photos; not part of the record."""
+        with self._chain.write_transaction() as page:
+            page.sql.execute("INSERT OR REPLACE INTO work VALUES (?, ?)", (run, seconds))
+
+    def work_seconds(self, run: str) -> float | None:
+        """The stored seconds; None if there are none."""
+        with self._chain.read_transaction() as page:
+            row = page.sql.execute("SELECT seconds FROM work WHERE run = ?", (run,)).fetchone()
+        return None if row is None else float(row[0])
 
     def record_transmission(self, payload: bytes, info: TransmissionInfo) -> Transmission:
         """Record what is about to leave; send it once this has returned, and only then.

@@ -6,7 +6,6 @@ The same ClientApp runs in one process (simulation/in_process.py), in Ray's acto
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from flwr.app import Context, Error
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
-from fedface.device.client import handle_task, wait_for_slot
+from fedface.device.client import handle_task
 from fedface.device.device import Device, load_device
 from fedface.errors import FederationError, FedfaceError, WeightsError
 from fedface.messages.messages import to_message
@@ -47,14 +46,9 @@ def client_app(device_for: Callable[[Context], Device]) -> ClientApp:
 def _answer(
     message: FlowerMessage, context: Context, device_for: Callable[[Context], Device]
 ) -> FlowerMessage:
-    started = time.time()
     try:
         task = read_task(from_record(message.content))
-        device = device_for(context)
-        try:
-            reply = handle_task(task, device)
-        finally:
-            wait_for_slot(started, device.answer_seconds)
+        reply = handle_task(task, device_for(context))
         return FlowerMessage(to_record(to_message(reply)), reply_to=message)
     except (FederationError, WeightsError) as error:
         log.warning("%s", error)

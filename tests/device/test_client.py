@@ -16,7 +16,7 @@ from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, tiny_way, 
 
 from fedface.aggregation.homomorphic import make_device, make_server
 from fedface.aggregation.payload import HomomorphicConfig, Payload
-from fedface.device.client import handle_task, wait_for_slot
+from fedface.device.client import handle_task
 from fedface.device.device import Device
 from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
 from fedface.experiment import Experiment
@@ -524,19 +524,6 @@ def test_noise_does_not_follow_from_the_task(tmp_path: Path, way: str) -> None:
     assert payloads[0] != payloads[1]
 
 
-@pytest.mark.parametrize(
-    ("work", "leaves"), [(0.0, 1080.0), (59.0, 1080.0), (80.0, 1080.0), (80.1, 1140.0), (300.0, 1500.0)]
-)
-def test_replies_leave_at_public_times(monkeypatch: pytest.MonkeyPatch, work: float, leaves: float) -> None:
-    """At a whole multiple of a minute, at least one after the request came; longer work is rounded up to 2, 4, 8."""
-    sleeps: list[float] = []
-    monkeypatch.setattr("fedface.device.client.time.time", lambda: 1000.0 + work)
-    monkeypatch.setattr("fedface.device.client.time.sleep", sleeps.append)
-    wait_for_slot(1000.0, 60.0)
-    wait_for_slot(1000.0, 0.0)
-    assert sleeps == [pytest.approx(leaves - 1000.0 - work)]
-
-
 def test_a_device_computes_one_reply_at_a_time(device: Device, task: TrainTask) -> None:
     """Two at once would see each other's work in the load, in waiting times and in the lock of a scan."""
     inside, most = [0], [0]
@@ -552,11 +539,6 @@ def test_a_device_computes_one_reply_at_a_time(device: Device, task: TrainTask) 
         busy = replace(device, photos=photos)
         replies = list(pool.map(lambda round: handle_task(replace(task, round=round), busy), (1, 2)))
     assert all(isinstance(reply, TrainResult) for reply in replies) and most == [1]
-
-
-def test_a_server_does_not_see_how_long_protecting_took(device: Device, task: TrainTask) -> None:
-    reply = handle_task(task, replace(device, answer_seconds=60.0))
-    assert isinstance(reply, TrainResult) and reply.seconds_protect == 0.0
 
 
 def test_a_device_whose_noise_is_not_what_is_priced_records_nothing(

@@ -19,7 +19,7 @@ from fedface.device.config import check_kind, missing_policy_folders, read_devic
 from fedface.device.device import load_device
 from fedface.device.state import device_state
 from fedface.device.withdrawal import erase
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, LibraryError
 from fedface.messages.messages import Refusal, RoundConfig, TrainTask
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
@@ -38,6 +38,7 @@ from fedface.training.gan import GanTrainingConfig
 FILE = """
 name: kitchen
 photos: photos
+answer_seconds: 0
 state: state
 policy:
   max_epsilon: 2
@@ -75,6 +76,21 @@ def test_photos_are_scanned_and_cropped(home: Path) -> None:
     assert first.float().std() > 10  # of 255: faces, not one colour
     save_photos(home / "photos", 1, "new")
     assert device.photos(16).images.shape == (4, 3, 16, 16)
+
+
+def test_a_library_of_more_than_max_photos_does_not_take_part(home: Path) -> None:
+    """Before anything is recorded; the owner's log says what to change. A photo added during a round ends it."""
+    (home / "device.yaml").write_text(FILE + "max_photos: 3\n")
+    device = load_device(home / "device.yaml")
+    device.ready()  # not scanned yet
+    assert len(device.photos(16)) == 3
+    device.ready()
+    save_photos(home / "photos", 1, "new")
+    with pytest.raises(LibraryError, match=r"4 photos with a face are more than max_photos \(3\)"):
+        device.photos(16)
+    with pytest.raises(ConditionsNotMet) as refusal:
+        device.ready()
+    assert "raise it in the device file" in refusal.value.private and "photos" not in str(refusal.value)
 
 
 def test_a_folder_without_faces_and_a_deleted_photo_are_no_errors(

@@ -41,6 +41,7 @@ DEVICE = """
 name: kitchen
 photos: photos
 state: state
+answer_seconds: 0
 policy: {max_epsilon: 20, delta: 1e-3, min_cohort_size: 2, protocols: [plain]}
 """
 

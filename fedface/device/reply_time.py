@@ -1,0 +1,83 @@
+"""When a reply leaves: a time that follows from public numbers alone, whichever photos took part.
+
+Before the first round of a run, a device computes that round once on grey images, as many as a library of `max_photos`
+gives to one step. A reply then leaves at a whole multiple of `answer_seconds` of the clock, `MARGIN` times that long
+after the computation began. The device does nothing else until then, so that the time of no other reply shows when the
+computation ended.
+
+The number of photos in a round exceeds the number rehearsed with probability `OVERFLOW_PROBABILITY` at most
+(Bernstein's inequality; Boucheron, Lugosi and Massart 2013, "Concentration Inequalities", Corollary 2.11). Work that
+still takes longer, since the machine is slower than in the rehearsal, leaves after 2, 4, 8, ... times as long, and so
+do the run's later replies.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from fedface.training.unit_clipping import MAX_PHOTOS_PER_UNIT
+
+MARGIN = 2.0  # by how much the rehearsal is multiplied: a step may need one microbatch more than the mean
+OVERFLOW_PROBABILITY = 1e-12  # that the photos of a round are more than were rehearsed
+
+
+def photos_per_step(max_photos: int, probability: float, *, steps: int, in_units: bool) -> int:
+    """How many photos a step uses on average over a round, at most, except with `OVERFLOW_PROBABILITY`.
+
+    Args:
+        max_photos: The largest library, >= 1.
+        probability: With which each photo joins a step, in (0, 1].
+        steps: Steps of the round, >= 1.
+        in_units: Whether photos join together, `MAX_PHOTOS_PER_UNIT` at most.
+    """
+    largest = MAX_PHOTOS_PER_UNIT if in_units else 1
+    mean = max_photos * probability * steps
+    variance = mean * largest * (1 - probability)
+    log_odds = -math.log(OVERFLOW_PROBABILITY)
+    linear = largest * log_odds / 3
+    excess = linear + math.sqrt(linear**2 + 2 * variance * log_odds)
+    return min(max_photos, math.ceil((mean + excess) / steps))
+
+
+class ReplyTime:
+    """The time at which the reply to one request leaves."""
+
+    def __init__(self, answer_seconds: float) -> None:
+        """The request came now.
+
+        Args:
+            answer_seconds: Replies leave at whole multiples of this, at least one after the request; 0: at once.
+        """
+        self._slot = answer_seconds
+        self._start = time.time()
+        self._announced = 1  # slots
+
+    def begin_work(self, seconds: float) -> None:
+        """Work that takes `seconds` at most begins now; both are public."""
+        self._start = time.time()
+        if self._slot > 0:
+            self._announced = max(1, math.ceil(seconds / self._slot))
+
+    def overran(self) -> float | None:
+        """The seconds that the work takes instead of those announced; None if it takes no longer."""
+        slots = self._slots()
+        return None if slots == self._announced else slots * self._slot
+
+    def wait(self) -> None:
+        """Sleep until the reply may leave."""
+        if self._slot > 0:
+            slots = self._slots()
+            seconds = (self._first() + slots) * self._slot - time.time()
+            # No longer than that if the clock is set back meanwhile.
+            time.sleep(max(0.0, min(seconds, 2 * slots * self._slot)))
+
+    def _first(self) -> int:
+        return math.ceil(self._start / self._slot)
+
+    def _slots(self) -> int:
+        """After how many slots the reply leaves: 1, 2, 4, ... times those announced."""
+        slots = self._announced
+        while self._slot > 0 and (self._first() + slots) * self._slot < time.time():
+            slots *= 2
+        return slots

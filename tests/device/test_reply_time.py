@@ -1,0 +1,238 @@
+"""Replies leave at times that follow from public numbers: photos, their number and a failure on them show nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import binom
+from tiny import first_device, tiny_experiment, tiny_gan, train_task
+
+from fedface.device import client, reply_time
+from fedface.device.client import handle_task
+from fedface.device.device import Device
+from fedface.device.reply_time import OVERFLOW_PROBABILITY, ReplyTime, photos_per_step
+from fedface.errors import ConfigError
+from fedface.experiment import Experiment
+from fedface.messages.messages import Refusal, TrainResult, TrainTask
+from fedface.photos.device_dataset import DeviceDataset
+from fedface.training import per_example_gradients
+
+MICROBATCH = 16  # of photos that are differentiated together
+
+
+class VirtualClock:
+    """Time that passes only in work and sleep."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
+    """A clock on which each microbatch of gradients takes 7 seconds, and nothing else takes any time."""
+    clock, padded = VirtualClock(), per_example_gradients._padded
+
+    def slow(images: torch.Tensor, microbatch: int) -> torch.Tensor:
+        clock.sleep(7.0)
+        return padded(images, microbatch)
+
+    monkeypatch.setattr(per_example_gradients, "_padded", slow)
+    monkeypatch.setattr(reply_time, "time", clock)
+    monkeypatch.setattr(client, "time", clock)
+    return clock
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """One in which every photo joins every step, so that a photo more is a photo more in each."""
+    return tiny_experiment(
+        tmp_path_factory.mktemp("recipe"), changes={"training.sampling_rate": "1.0", "training.rounds": "3"}
+    )
+
+
+@pytest.fixture
+def task(experiment: Experiment) -> TrainTask:
+    """Its first round."""
+    return train_task(experiment, tiny_gan())
+
+
+@pytest.fixture
+def device_of(experiment: Experiment, tmp_path: Path) -> Callable[[int], Device]:
+    """A fresh real device with that many photos."""
+
+    def make(count: int) -> Device:
+        images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        own = DeviceDataset.independent(images)
+        device = first_device(experiment, tmp_path / str(count))
+        return replace(device, photos=lambda size: own, answer_seconds=60.0, max_photos=40)
+
+    return make
+
+
+def durations(device: Device, task: TrainTask, clock: VirtualClock, rounds: int = 2) -> list[float]:
+    """Seconds from a request at the start of a minute to its reply, for each round."""
+    times = []
+    for number in range(1, rounds + 1):
+        clock.now = 60.0 * (clock.now // 60.0 + 1)
+        started = clock.now
+        assert isinstance(handle_task(replace(task, round=number), device), TrainResult)
+        times.append(clock.now - started)
+    return times
+
+
+def test_one_photo_more_changes_the_work_and_not_the_time(
+    device_of: Callable[[int], Device], task: TrainTask, clock: VirtualClock
+) -> None:
+    """A microbatch more takes longer at once, and replies of 0, 16, 17 and 40 photos leave at the same times."""
+    at_once = [durations(replace(device_of(n), answer_seconds=0.0), task, clock) for n in (1, 2)]
+    assert at_once[0] == at_once[1]  # within one microbatch
+    open_ = [
+        durations(replace(device_of(n), answer_seconds=0.0), task, clock)
+        for n in (MICROBATCH, MICROBATCH + 1)
+    ]
+    assert open_[0][0] < open_[1][0]  # a perfect test without protection
+    waited = [durations(device_of(n), task, clock) for n in (0, 15, 18, 40)]
+    assert len({tuple(times) for times in waited}) == 1
+
+
+def test_a_failed_computation_leaves_when_any_other_does(
+    device_of: Callable[[int], Device], task: TrainTask, clock: VirtualClock
+) -> None:
+    """Photos on which the computation fails are answered with noise alone, not sooner or later."""
+
+    def broken(size: int) -> DeviceDataset:
+        raise MemoryError
+
+    failing = replace(device_of(3), photos=broken)
+    assert durations(failing, task, clock) == durations(device_of(4), task, clock)
+
+
+def test_a_round_that_fails_on_grey_images_is_refused_before_it_is_recorded(
+    device_of: Callable[[int], Device], task: TrainTask, monkeypatch: pytest.MonkeyPatch, clock: VirtualClock
+) -> None:
+    """A lack of memory shows without a photo, and costs nothing."""
+
+    def no_memory(images: torch.Tensor, microbatch: int) -> torch.Tensor:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(per_example_gradients, "_padded", no_memory)
+    device = device_of(3)
+    with pytest.raises(ConfigError, match="fails already on 40 grey images: no memory"):
+        handle_task(task, device)
+    assert not device.ledger().entries()
+
+
+def test_a_run_is_rehearsed_once(
+    device_of: Callable[[int], Device], task: TrainTask, monkeypatch: pytest.MonkeyPatch, clock: VirtualClock
+) -> None:
+    """Its time is stored beside the ledger, also for a process that starts anew."""
+    counts: list[int] = []
+    grey = client._grey_images
+
+    def counted(count: int, size: int) -> DeviceDataset:
+        counts.append(count)
+        return grey(count, size)
+
+    monkeypatch.setattr(client, "_grey_images", counted)
+    device = device_of(3)
+    durations(device, task, clock, rounds=1)
+    durations(replace(device), replace(task, round=2), clock, rounds=1)
+    assert counts == [40]
+
+
+def test_work_that_overruns_delays_the_later_replies_too(
+    device_of: Callable[[int], Device],
+    task: TrainTask,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: VirtualClock,
+) -> None:
+    """A machine that is three times slower than in its rehearsal shows that once in a run, not in every round."""
+    device = device_of(17)
+    first = durations(device, task, clock, rounds=1)[0]
+    own, padded = device.photos, per_example_gradients._padded
+
+    def slower(images: torch.Tensor, microbatch: int) -> torch.Tensor:
+        clock.sleep(200.0)
+        return padded(images, microbatch)
+
+    monkeypatch.setattr(per_example_gradients, "_padded", slower)
+    times = []
+    for number in (2, 3):
+        clock.now = 60.0 * (clock.now // 60.0 + 1)
+        started = clock.now
+        if number == 3:
+            monkeypatch.setattr(per_example_gradients, "_padded", padded)
+        assert isinstance(handle_task(replace(task, round=number), replace(device, photos=own)), TrainResult)
+        times.append(clock.now - started)
+    assert times[0] > first and times[1] == times[0]
+
+
+@pytest.mark.parametrize(
+    ("work", "used", "leaves"),
+    [
+        (0.0, 0.0, 1080.0),
+        (0.0, 59.0, 1080.0),
+        (0.0, 80.0, 1080.0),
+        (0.0, 80.1, 1140.0),
+        (0.0, 300.0, 1500.0),
+        (100.0, 1.0, 1140.0),
+        (100.0, 140.0, 1140.0),
+        (100.0, 141.0, 1260.0),
+    ],
+)
+def test_replies_leave_at_whole_minutes(clock: VirtualClock, work: float, used: float, leaves: float) -> None:
+    """The first whole minute after the announced work, counted from the next minute; more work doubles it."""
+    time = ReplyTime(60.0)
+    time.begin_work(work)
+    clock.sleep(used)
+    time.wait()
+    assert clock.now == pytest.approx(leaves)
+
+
+def test_a_simulated_device_does_not_wait(clock: VirtualClock) -> None:
+    """With answer_seconds 0 replies leave at once."""
+    time = ReplyTime(0.0)
+    clock.sleep(5.0)
+    time.wait()
+    assert clock.now == 1_005.0
+
+
+@pytest.mark.parametrize(("library", "rate", "steps"), product((20, 200, 5_000), (0.01, 0.1, 0.5), (1, 20)))
+@pytest.mark.parametrize("size", [1, 16])
+def test_more_photos_than_rehearsed_are_as_rare_as_stated(
+    library: int, rate: float, steps: int, size: int
+) -> None:
+    """The exact binomial tail is below 1e-12, for photos and for occasions of 16; the bound is not far above it."""
+    bound = photos_per_step(library, rate, steps=steps, in_units=size > 1)
+    units = steps * -(-library // size)
+    assert bound == library or binom.sf(bound * steps // size, units, rate) <= OVERFLOW_PROBABILITY
+    exact = size * binom.isf(OVERFLOW_PROBABILITY, units, rate) / steps
+    assert bound <= 2.0 * exact + 10 * size
+
+
+def test_a_step_that_takes_everybody_has_the_whole_library() -> None:
+    """Rate 1 needs no margin."""
+    assert photos_per_step(123, 1.0, steps=4, in_units=False) == 123
+
+
+def test_a_server_does_not_see_how_long_protecting_took(
+    device_of: Callable[[int], Device], task: TrainTask, clock: VirtualClock
+) -> None:
+    """A real device reports 0 seconds."""
+    reply = handle_task(task, device_of(3))
+    assert isinstance(reply, TrainResult) and reply.seconds_protect == 0.0
+    assert not isinstance(reply, Refusal)
