@@ -3,10 +3,10 @@
     python benchmarks/reply_time.py [--rounds 40]
 
 Every photo joins every step, and 16 photos fill a microbatch, so that the 17th costs a second one. For each library the
-same rounds are requested in turns, after one rehearsal for both, which reads no photo. Printed is the AUC of the reply time
-as a test for the 17th photo (0.5: a guess), once for replies that leave at once and once for replies that leave when
-device/reply_time.py says, beside the AUC that the recorded price of each round's floor allows (Gaussian mechanism with
-multiplier 200: Dong, Roth and Su 2019, arXiv:1905.02383).
+same rounds are requested in turns, after one rehearsal for both, which reads no photo. Printed is the AUC of the reply
+time as a test for the 17th photo (0.5: a guess), once for replies that leave at once and once for replies that leave
+when device/reply_time.py says, beside the AUC that the recorded price of each round's floor allows (Gaussian mechanism
+with multiplier 200: Dong, Roth and Su 2019, arXiv:1905.02383).
 """
 
 from __future__ import annotations
@@ -88,9 +88,8 @@ def main() -> None:
         )
     mu = 1 / ROUND_FLOOR_MULTIPLIER
     print(f"allowed by the floor of one round: {NormalDist().cdf(mu / math.sqrt(2)):.4f}")
-    print(
-        f"standard error of an AUC of 0.5 with {rounds} replies each: {math.sqrt((2 * rounds + 1) / (12 * rounds**2)):.3f}"
-    )
+    error = math.sqrt((2 * rounds + 1) / (12 * rounds**2))
+    print(f"standard error of an AUC of 0.5 with {rounds} replies each: {error:.3f}")
 
 
 if __name__ == "__main__":
