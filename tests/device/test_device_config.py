@@ -38,8 +38,8 @@ from fedface.training.gan import GanTrainingConfig
 FILE = """
 name: kitchen
 photos: photos
-answer_seconds: 0
 state: state
+answer_seconds: 0
 policy:
   max_epsilon: 2
   delta: 1e-6
@@ -80,7 +80,7 @@ def test_photos_are_scanned_and_cropped(home: Path) -> None:
 
 def test_a_library_of_more_than_max_photos_does_not_take_part(home: Path) -> None:
     """Before anything is recorded; the owner's log says what to change. A photo added during a round ends it."""
-    (home / "device.yaml").write_text(FILE + "max_photos: 3\n")
+    (home / "device.yaml").write_text(FILE.replace("answer_seconds", "max_photos: 3\nanswer_seconds"))
     device = load_device(home / "device.yaml")
     device.ready()  # not scanned yet
     assert len(device.photos(16)) == 3
@@ -216,7 +216,7 @@ def test_a_file_that_may_be_of_its_kind_is_left_to_its_reader(
     [
         ("photos: photos", "photos: elsewhere", "photos: there is no folder"),
         ("max_epsilon", "max_epsilom", 'did you mean "max_epsilon"'),
-        ("delta: 1e-6", "delta: 2", "device.yaml:7: policy.delta: must lie in"),
+        ("delta: 1e-6", "delta: 2", "device.yaml:8: policy.delta: must lie in"),
         ("name: kitchen", 'name: "a\\tb"', "device.yaml:2: name: must be a text"),
         ("policy:", "privacy:", "unknown key"),
     ],
