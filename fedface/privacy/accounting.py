@@ -9,6 +9,8 @@ et al. 2020, arXiv:1906.03049). The ceiling on reconstruction is that of Hayes e
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import math
 from collections import Counter
@@ -274,27 +276,47 @@ def calibrate_noise_multiplier(target: PrivacyTarget, event_of: Callable[[float]
         PrivacyError: No amount of noise in that range meets the target.
     """
 
-    def fits(index: int, coarser: int) -> bool:
-        return _upper(flatten_event(event_of(_grid_number(index))), target.delta, coarser) <= target.epsilon
+    def price(index: int, coarser: int) -> float:
+        return _upper(flatten_event(event_of(_grid_number(index))), target.delta, coarser)
 
-    def smallest(low: int, high: int, coarser: int) -> int:
-        """The smallest index above `low`, which does not fit, up to `high`, which does."""
-        while high - low > 1:
+    def smallest(high: int, coarser: int) -> int:
+        """The smallest index that fits, up to `high`, which does: by interpolation, since each price takes long."""
+        low, below, above = -1, math.inf, price(high, coarser)
+        for turn in itertools.count(1):
+            if high - low <= 1:
+                return high
             middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle, coarser) else (middle, high)
-        return high
+            if turn % 4:
+                middle = _crossing((low, below), (high, above), target.epsilon)
+            found = price(middle, coarser)
+            if found <= target.epsilon:
+                high, above = middle, found
+            else:
+                low, below = middle, found
+        raise AssertionError("unreachable")
 
     top = _GRID_DECADES * _GRID_DECADE
-    if not fits(top, 1):
+    if price(top, 1) > target.epsilon:
         raise PrivacyError(
             f"no noise keeps epsilon {target.epsilon:g} at delta {format_delta(target.delta)}; "
             "use fewer steps or a lower sampling rate"
         )
-    safe = smallest(-1, top, COARSE) if fits(top, COARSE) else top
-    low, width = safe, 8  # the coarse grid errs by little: look just below
-    while low >= 0 and fits(low, 1):
-        safe, low, width = low, low - width, 2 * width
-    return _grid_number(smallest(max(low, -1), safe, 1))
+    safe = smallest(top, COARSE) if price(top, COARSE) <= target.epsilon else top
+    return _grid_number(smallest(safe, 1) if price(safe, 1) <= target.epsilon else safe)
+
+
+def _crossing(low: tuple[int, float], high: tuple[int, float], epsilon: float) -> int:
+    """An index strictly between two others at which the price is about epsilon.
+
+    Log epsilon is interpolated linearly in log sigma; without a price at `low`, epsilon is taken as proportional to
+    1 / sigma.
+    """
+    end, slope = math.log(_grid_number(high[0])), -1.0
+    excess = math.log(epsilon / max(high[1], 1e-12))
+    if math.isfinite(low[1]):
+        slope = math.log(low[1] / max(high[1], 1e-12)) / (math.log(_grid_number(low[0])) - end)
+    sigma = math.exp(max(end + excess / slope, math.log(_grid_number(0))))
+    return min(max(bisect.bisect_left(range(high[0] + 1), sigma, key=_grid_number), low[0] + 1), high[0] - 1)
 
 
 def _grid_number(index: int) -> float:
