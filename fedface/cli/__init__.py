@@ -29,6 +29,7 @@ from fedface.cli.pretrain import pretrain
 from fedface.cli.quality import evaluate
 from fedface.cli.rank_models import rank_models
 from fedface.cli.run import plan, report, run
+from fedface.cli.server import server
 from fedface.cli.upsample import upsample
 from fedface.cli.web import web
 from fedface.cli.weights import weights
@@ -55,6 +56,7 @@ COMMANDS = (
 )
 GROUPS = {
     "photos": photos, "pretrain": pretrain, "weights": weights, "device": device, "ledger": ledger, "policy": policy,
+    "server": server,
 }  # fmt: skip
 for name, command, shown in COMMANDS:
     app.command(name, epilog=example(shown))(command)

@@ -1,15 +1,14 @@
-"""Generate the TLS certificates of a server.
+"""The command `fedface server init`: certificates, a secret, and a reverse proxy that lets devices in and nobody else.
 
-Usage: `python server/certificates.py FOLDER HOST [HOST ...]`. Writes a certificate authority
-(`ca.crt`, `ca.key`) and a server certificate that it signed (`server.crt`, `server.key`) for the hosts named,
-`localhost` and `127.0.0.1`. Devices trust only `ca.crt`. Existing files are not replaced.
-Certificates follow RFC 5280; the curve is NIST P-384.
+SuperLink serves the devices (/v1/fleet/) and its operator (/v1/control/, without a password) at one port. So it listens
+on this machine alone, and nginx passes the devices' paths from outside. Certificates follow RFC 5280; the curve is NIST
+P-384.
 """
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
+import secrets
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,9 +18,68 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedface.atomic_io import create_bytes
+from fedface.cli.console import say
 from fedface.errors import ConfigError
 
 Key = ec.EllipticCurvePrivateKey
+
+PROXY = """\
+# Lets devices reach Flower's fleet API and nothing else; written by `fedface server init`.
+# Start: nginx -p FOLDER -c nginx.conf, with the folder of this file.
+pid nginx.pid;
+error_log nginx-error.log;
+events {}
+http {
+  access_log nginx-access.log;
+  client_body_temp_path nginx-body;
+  proxy_temp_path nginx-replies;
+  fastcgi_temp_path nginx-unused;
+  uwsgi_temp_path nginx-unused;
+  scgi_temp_path nginx-unused;
+  server_tokens off;
+  client_max_body_size 64m;  # messages travel in parts of 5 MB
+  server {
+    listen PORT ssl;
+    ssl_certificate certificates/server.crt;
+    ssl_certificate_key certificates/server.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    location ~ ^/v1/fleet/[a-z-]+$ {
+      limit_except POST { deny all; }
+      proxy_pass https://127.0.0.1:SUPERLINK$uri;  # $uri: the path as it was matched, not as it was sent
+      proxy_ssl_verify on;
+      proxy_ssl_trusted_certificate certificates/ca.crt;
+      proxy_ssl_name localhost;
+      proxy_read_timeout 300s;
+    }
+    location / { return 403; }
+  }
+}
+"""
+
+
+def server_init(folder: Path, hosts: list[str], port: int, superlink_port: int) -> None:
+    """Write what a server needs into a new folder.
+
+    Args:
+        folder: New or empty.
+        hosts: Names or addresses at which devices reach the server; the first is shown to them.
+        port: TCP port of the proxy, for devices.
+        superlink_port: TCP port of SuperLink, on this machine alone.
+
+    Raises:
+        ConfigError: The folder contains something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: is not empty, and nothing in it is replaced; name a new folder")
+    make_certificates(folder / "certificates", hosts)
+    create_bytes(folder / "superexec.secret", secrets.token_hex(32).encode())
+    proxy = PROXY.replace("PORT", str(port)).replace("SUPERLINK", str(superlink_port))
+    create_bytes(folder / "nginx.conf", proxy.encode(), mode=0o644)
+    say(f"wrote certificates, superexec.secret and nginx.conf to {folder}")
+    say(f"give each owner {folder / 'certificates' / 'ca.crt'} and the address {hosts[0]}:{port}")
+    say(
+        f"move {folder / 'certificates' / 'ca.key'} off this machine: whoever has it can impersonate the server"
+    )
 
 
 def make_certificates(folder: Path, hosts: list[str], *, days: int = 365) -> None:
@@ -98,20 +156,3 @@ def _pem(key: Key) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Make the certificates of a fedface server.")
-    parser.add_argument("folder", type=Path, help="where ca.crt, ca.key, server.crt and server.key go")
-    parser.add_argument("hosts", nargs="+", help="names or addresses under which devices reach the server")
-    given = parser.parse_args()
-    try:
-        make_certificates(given.folder, given.hosts)
-    except ConfigError as error:
-        parser.error(str(error))
-    print(f"give {given.folder / 'ca.crt'} to every device; keep {given.folder / 'ca.key'} off the network")
-
-
-if __name__ == "__main__":
-    main()

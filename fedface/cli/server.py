@@ -1,0 +1,34 @@
+"""The commands `fedface server ...`, for the operator of a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedface.cli.options import example
+
+server = typer.Typer(help="For the operator of a server.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@server.callback()
+def _group() -> None:
+    """For the operator of a server."""
+
+
+@server.command("init", epilog=example("fedface server init ~/fedface-server fedface.example.org"))
+def init(
+    folder: Annotated[Path, typer.Argument(help="A new folder for the server's files.")],
+    hosts: Annotated[
+        list[str], typer.Argument(help="Names or addresses at which devices reach it; localhost is added.")
+    ],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port for devices.")] = 8443,
+    superlink_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="TCP port of SuperLink, on this machine alone.")
+    ] = 8000,
+) -> None:
+    """Generate a server's certificates, its secret, and an nginx configuration that lets only devices in."""
+    from fedface.cli.server_init import server_init
+
+    server_init(folder.expanduser(), hosts, port, superlink_port)

@@ -1,0 +1,121 @@
+"""`fedface server init`: what it writes, and which requests nginx lets through with it."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPSConnection
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from command_line import caller
+from cryptography import x509
+
+
+@pytest.fixture
+def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
+    """Call the command line in this process."""
+    return caller(monkeypatch, capsys, "server", "init")
+
+
+def test_a_server_gets_certificates_a_secret_and_a_proxy(fedface: Callable, tmp_path: Path) -> None:
+    """Private files are readable by their owner alone; the certificate is for the hosts named."""
+    folder = tmp_path / "server"
+    printed = fedface(folder, "fedface.example.org", "192.0.2.7").out
+    assert "the address fedface.example.org:8443" in printed and "ca.key off this machine" in printed
+    for name in ("certificates/ca.key", "certificates/server.key", "superexec.secret"):
+        assert (folder / name).stat().st_mode & 0o777 == 0o600
+    authority, server = (
+        x509.load_pem_x509_certificate((folder / f"certificates/{name}.crt").read_bytes())
+        for name in ("ca", "server")
+    )
+    server.verify_directly_issued_by(authority)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fedface.example.org", "localhost"]
+    assert [str(each) for each in names.get_values_for_type(x509.IPAddress)] == ["192.0.2.7", "127.0.0.1"]
+    secret = (folder / "superexec.secret").read_bytes()
+    assert len(secret) == 64
+
+    assert "nothing in it is replaced" in fedface(folder, "fedface.example.org").sentence
+    assert (folder / "superexec.secret").read_bytes() == secret
+
+
+class Echo(BaseHTTPRequestHandler):
+    """In SuperLink's place: answers with the path that reaches it."""
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.path.encode())
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def address(fedface: Callable, tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """The port of nginx with the written configuration in front of a SuperLink that answers everything; its folder."""
+    if (nginx := shutil.which("nginx", path="/usr/sbin:/usr/local/sbin") or shutil.which("nginx")) is None:
+        pytest.skip("nginx is not installed here")
+    folder = tmp_path / "server"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    superlink = HTTPServer(("127.0.0.1", 0), Echo)
+    assert fedface(folder, "localhost", "--port", port, "--superlink-port", superlink.server_port).code == 0
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(folder / "certificates/server.crt", folder / "certificates/server.key")
+    superlink.socket = tls.wrap_socket(superlink.socket, server_side=True)
+    thread = threading.Thread(target=superlink.serve_forever)
+    thread.start()
+    proxy = subprocess.Popen([nginx, "-p", folder, "-c", "nginx.conf", "-g", "daemon off;"])
+    try:
+        while proxy.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        assert proxy.poll() is None
+        yield port, folder
+    finally:
+        proxy.terminate()
+        proxy.wait(20)
+        superlink.shutdown()
+        thread.join()
+        superlink.server_close()
+
+
+def ask(port: int, folder: Path, method: str, path: str) -> tuple[int, bytes]:
+    """Status and content of one request, with a path that nothing has tidied."""
+    trusted = ssl.create_default_context(cafile=folder / "certificates/ca.crt")
+    connection = HTTPSConnection("localhost", port, context=trusted, timeout=20)
+    try:
+        connection.putrequest(method, path)
+        connection.putheader("Content-Length", "0")
+        connection.endheaders()
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    finally:
+        connection.close()
+
+
+def test_the_proxy_passes_the_fleet_api_and_nothing_else(address: tuple[int, Path]) -> None:
+    """Not the control interface, by which anyone could start runs, however its path is written."""
+    for path in ("pull-messages", "push-messages", "get-fab", "send-node-heartbeat"):
+        assert ask(*address, "POST", f"/v1/fleet/{path}") == (200, f"/v1/fleet/{path}".encode())
+    tidied = ask(*address, "POST", "/v1/control/start-run/../../fleet/pull-messages")
+    assert tidied == (200, b"/v1/fleet/pull-messages")
+    for path in (
+        "/v1/control/start-run", "/v1/runtime/acquire-task", "/docs", "/openapi.json", "/", "/health",
+        "/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/start-run", "/v1/fleet/..%2fcontrol/start-run",
+        "/v1/fleet/pull-messages/../../control/start-run", "/v1/fleet/a/b", "/V1/FLEET/pull-messages", "/v1/fleet/",
+    ):  # fmt: skip
+        assert ask(*address, "POST", path)[0] == 403, path
+    assert ask(*address, "GET", "/v1/fleet/pull-messages")[0] == 403
