@@ -1,7 +1,6 @@
-"""The Flower ClientApp: answers for the device whose file the owner named, or for a simulated one.
+"""The Flower ClientApp of a bundle: answers for simulated devices (`flwr run .`) and for no other.
 
-A SuperNode started with a device file (see clients/README.md) is that device, whatever the run config. This file
-may come from a server; the code that enforces the owner's policy is the installed fedface.
+A real device never runs this file: it answers with its installed fedface, started by `fedface device start`.
 """
 
 from pathlib import Path
@@ -9,20 +8,22 @@ from pathlib import Path
 from flwr.app import Context
 
 from fedface.device.device import Device
-from fedface.transport.client import client_app, configured_device
+from fedface.errors import FederationError
+from fedface.simulation.devices import device_of_partition
+from fedface.transport.client import client_app
 
 HOME = Path(__file__).resolve().parents[1]  # base of relative paths of experiments
 
 
 def device_of(context: Context) -> Device:
-    """The device that a message is for."""
+    """The simulated device that a message is for. Raises FederationError on a node that is not simulated."""
     partition = context.node_config.get("partition-id")
-    if "device" not in context.node_config and isinstance(partition, int):
-        # A real device does not import what only a simulation needs.
-        from fedface.simulation.devices import device_of_partition  # noqa: PLC0415
-
-        return device_of_partition(partition, context.run_config, HOME)
-    return configured_device(context.node_config)
+    if not isinstance(partition, int):
+        raise FederationError(
+            "this node runs the code that servers send, which no owner should allow; start a device with "
+            "`fedface device start DEVICE.yaml`"
+        )
+    return device_of_partition(partition, context.run_config, HOME)
 
 
 app = client_app(device_of)

@@ -11,7 +11,7 @@ from fedface.cli.options import JsonOption, example
 from fedface.privacy_units import UNITS
 
 device = typer.Typer(
-    help="For the owner of a device: key, log, withdrawal, erasure.",
+    help="For the owner of a device: key, start, log, withdrawal, erasure.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -45,6 +45,14 @@ def keygen(
     from fedface.cli.ledger import device_keygen
 
     device_keygen(out, experiment)
+
+
+@device.command("start", epilog=example("fedface device start ~/fedface/device.yaml"))
+def start(device: DeviceArgument) -> None:
+    """Connect a device to its server and answer its tasks until Ctrl-C, with installed code only."""
+    from fedface.cli.device_start import device_start
+
+    device_start(device)
 
 
 @device.command("log", epilog=example("fedface device log device.yaml --page log.html"))

@@ -38,7 +38,9 @@ class DeviceConfig:
     policy: DevicePolicy
     detector: Path | None = None  # a YuNet file; None: the bundled detector
     occasions: OccasionRule = field(default_factory=OccasionRule)  # which photos count as taken together
-    server: str = "the coordinator"  # the receiver of replies as the owner calls it, for the ledger
+    server: str = "the coordinator"  # HOST:PORT of the server, or its name in the log of a simulated device
+    certificate: Path = Path("ca.crt")  # of the authority that signed the server's certificate
+    node_key: Path = Path("node")  # private key by which the server recognises this device
     witness: Path | None = (
         None  # folder on another disk with the head of the ledger, to detect a rolled-back copy
     )

@@ -1,8 +1,9 @@
 """Decodes photos in a child process, so that a hostile file can hang or crash the child and nothing else.
 
-Pixels, EXIF and colour profiles of a stranger's file are parsed in the child alone, under limits on memory, processor
-time and files. A child that dies or takes too long is replaced, and the file that it was reading is refused with that
-reason. Requests are lines of JSON, followed by the bytes of a photo that is no file; replies are a length-prefixed
+Pixels, EXIF and colour profiles of a stranger's file are parsed in the child alone, under limits on memory and
+processor time, and without the right to write files or to use the network where the system can enforce that
+(fedface/sandbox.py). A child that dies or takes too long is replaced, and the file that it was reading is refused with
+that reason. Requests are lines of JSON, followed by the bytes of a photo that is no file; replies are a length-prefixed
 JSON object of bounded numbers and short texts, and the raw pixels, all checked by the parent.
 One file is decoded ahead, so that decoding and face detection overlap.
 """
@@ -39,6 +40,7 @@ from fedface.photos.image_io import (
     read_photo,
     read_photo_bytes,
 )
+from fedface.sandbox import restrict
 from fedface.validation import Above, AtLeast, checked
 
 HEADER = struct.Struct("<IQ")  # bytes of JSON, bytes of pixels
@@ -314,6 +316,7 @@ def main(arguments: list[str]) -> None:
         _limit(resource.RLIMIT_AS, limits.memory)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_CORE, 0)
+    restrict(read=[Path("/")], write=[], connect=[])
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints must not end up among the pixels
     decode_requests(sys.stdin.buffer, replies, limits=limits)

@@ -6,7 +6,7 @@ The same ClientApp runs in one process (simulation/in_process.py), in Ray's acto
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,18 +63,7 @@ def _answer(
         return FlowerMessage(Error(DEVICE_ERROR, reason), reply_to=message)
 
 
-def configured_device(node_config: Mapping[str, object]) -> Device:
-    """The device whose file the owner named to this node.
-
-    Raises:
-        ConfigError: The device file cannot be read.
-        FederationError: The node names no device file.
-    """
-    path = node_config.get("device")
-    if path is None:
-        raise FederationError(
-            "this node was started without a device file; start it with "
-            "--node-config \"device='/path/to/device.yaml'\""
-        )
+def configured_device(path: Path) -> Device:
+    """The device of an owner's file, which is read again for each task. Raises ConfigError."""
     torch.set_flush_denormal(True)  # sums of tiny numbers take no longer than others
-    return load_device(Path(str(path)))
+    return load_device(path)

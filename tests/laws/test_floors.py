@@ -15,7 +15,7 @@ LAYERS = {
     "fedface": 0,
     "errors": 1, "tensor_types": 1, "randomness": 1, "config": 1, "codec": 1, "validation": 1, "privacy_units": 1,
     "measurements": 1, "number_format": 1,
-    "atomic_io": 1, "text": 1,
+    "atomic_io": 1, "text": 1, "sandbox": 1,
     "models": 2, "upsampling": 2, "importing": 2,
     "privacy": 3, "photos": 3, "synthetic": 3,
     "aggregation": 4, "training": 4,
@@ -47,12 +47,18 @@ INDEPENDENT = [
     ("web", "device"),
     ("inference", "device"),
 ]  # pairs that do not import each other, in either direction
-DEVICE_ROOTS = ("fedface.device.client", "fedface.device.device", "fedface.transport.client")
+DEVICE_ROOTS = (
+    "fedface.device.client",
+    "fedface.device.device",
+    "fedface.transport.client",
+    "fedface.transport.executor",
+)
 NOT_ON_A_DEVICE = {
     "experiment", "sweep", "reports", "inference", "web", "public_data", "coordinator", "simulation",
     "cli", "importing",
 }  # fmt: skip
-FOREIGN_NOT_ON_A_DEVICE = {"ray", "matplotlib", "fastapi", "starlette", "uvicorn", "jinja2"}
+# fastapi is missing here because Flower's client of the SuperNode loads it.
+FOREIGN_NOT_ON_A_DEVICE = {"ray", "matplotlib", "uvicorn", "jinja2"}
 
 
 def package_of(module: str) -> str:

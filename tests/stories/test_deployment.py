@@ -31,19 +31,57 @@ SMALLER = {
     "rounds: 6, steps_per_round: 4, sampling_rate: 0.064, expected_batch_size: 64": (
         "rounds: 2, steps_per_round: 1, sampling_rate: 0.5, expected_batch_size: 4, fake_batch_size: 4"
     ),
-    "each: 12}": (
-        "each: 8}\nupsampling: {method: {kind: pulse, steps: 2}}\n"
+    "per_group: 12}": (
+        "per_group: 8}\nupsampling: {method: {kind: pulse, steps: 2}}\n"
         "attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}"
     ),
 }
 
+HOSTILE_PROJECT = """
+[project]
+name = "hostile"
+version = "1.0.0"
+license = {file = "LICENSE"}
+dependencies = ["flwr>=1.41"]
+[tool.flwr.app]
+publisher = "mallory"
+fab-format-version = 1
+flwr-version-target = "1.41.0"
+fab-include = ["LICENSE", "hostile.py"]
+[tool.flwr.app.components]
+serverapp = "hostile:server"
+clientapp = "hostile:client"
+"""
+# It runs on the server as well, which shows that it would write the file.
+HOSTILE = """
+import os
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+open(os.path.expanduser("~/marker"), "w").close()
+client, server = ClientApp(), ServerApp()
+@client.train()
+def train(message, context):
+    return Message(RecordDict(), reply_to=message)
+@server.main()
+def main(grid, context):
+    asked = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+    for reply in grid.send_and_receive(asked, timeout=120):
+        print("answer:", reply.error.reason if reply.has_error() else "hostile code", flush=True)
+"""
+
+
+def commands(page: str, heading: str) -> list[str]:
+    """The shell blocks below a numbered heading of a README."""
+    text = (ROOT / page / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{page}/README.md has no heading {heading!r}"
+    return re.findall(r"^```sh\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
+
 
 def command(page: str, heading: str) -> str:
-    """The first shell block below a numbered heading of a README."""
-    text = (ROOT / page / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"^## {re.escape(heading)}$.*?^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert found is not None, f"{page}/README.md has no commands below {heading!r}"
-    return found[1]
+    """The first of them."""
+    return commands(page, heading)[0]
 
 
 @dataclass
@@ -54,9 +92,11 @@ class Home:
     port: int  # the SuperLink's
     running: dict[subprocess.Popen[bytes], Path]
 
-    def _changed(self, commands: str) -> str:
+    def changed(self, commands: str) -> str:
+        """Commands, or a file, with the port and the sizes of this test."""
         for old, new in {
-            "fedface.example.org:8000": f"localhost:{self.port}",
+            "fedface.example.org:8443": f"localhost:{self.port}",
+            "localhost:8000": f"localhost:{self.port}",
             "127.0.0.1:8000": f"127.0.0.1:{self.port}",
             "--port 8000": f"--port {self.port}",
             **SMALLER,
@@ -75,7 +115,7 @@ class Home:
     def do(self, commands: str) -> str:
         """Run commands to their end, in the checkout."""
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", self._changed(commands)],
+            ["bash", "-euo", "pipefail", "-c", self.changed(commands)],
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -86,7 +126,7 @@ class Home:
         log = self.folder / f"{name}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                ["bash", "-euo", "pipefail", "-c", self._changed(commands)],
+                ["bash", "-euo", "pipefail", "-c", self.changed(commands)],
                 cwd=ROOT, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.running[process] = log
@@ -158,30 +198,36 @@ def listening(port: int) -> bool:
 def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[Home]) -> None:
     """Two rounds with TLS, node keys, encrypted sums and DP; each device records its releases."""
     server, *devices = homes
-    server.do(command("server", "1. Certificates"))
-    server.start(command("server", "2. The SuperLink"), "superlink")
+    server.do(command("server", "1. Certificates, secret and proxy"))
+    superlink, executor, _ = commands("server", "2. The SuperLink, its executor and the proxy")
+    server.start(superlink, "superlink")
     until_true(lambda: listening(server.port), 60, "the SuperLink does not listen", homes)
+    server.start(
+        executor, "superexec"
+    )  # without nginx, which may not be installed: devices connect to SuperLink
     server.do(command("server", "3. Tell `flwr` where it is"))
     server.do(command("server", "5. The experiment"))
     family = server.folder / "fedface-server" / "family.yaml"
-    family.write_text(family.read_text() + "evaluation: {share: 0.2, holdout_fraction: 0.3}\n")
+    family.write_text(family.read_text() + "evaluation: {epsilon_fraction: 0.2, holdout_fraction: 0.3}\n")
 
     for number, device in enumerate(devices):
         save_photos(device.folder / "Pictures", 8, [0.9, 0.5, 0.1][number], device.folder.name)
-        device.do(command("clients", "2. Your file"))
-        file = device.folder / "device.yaml"
-        text = file.read_text().replace("name: my-device", f"name: {device.folder.name}")
+        device.do(command("clients", "2. Your folder"))
+        file = device.folder / "fedface" / "device.yaml"
+        text = device.changed(file.read_text()).replace("name: my-device", f"name: {device.folder.name}")
+        text = text.replace("# answer_seconds: 60", "answer_seconds: 5")
         file.write_text(text.replace("evaluation: false", "evaluation: true"))
         device.do(command("clients", "3. The node key"))
-        shutil.copy(device.folder / "node.pub", server.folder / "device.pub")
+        shutil.copy(device.folder / "fedface/node.pub", server.folder / "device.pub")
         server.do(f"cd {server.folder}\n" + command("server", "4. Register the devices"))
-        shutil.copy(server.folder / "fedface-server/certificates/ca.crt", device.folder)
-        shutil.copy(server.folder / "fedface-server/family.yaml", device.folder)
+        shutil.copy(server.folder / "fedface-server/certificates/ca.crt", device.folder / "fedface")
+        shutil.copy(server.folder / "fedface-server/family.yaml", device.folder / "fedface")
     devices[0].do(command("clients", "4. The key for the sums"))
     for device in devices[1:]:
-        shutil.copy2(devices[0].folder / "fedface-state/sum.key", device.folder / "fedface-state/sum.key")
-    for device, port in zip(devices, free_ports(3), strict=True):
-        device.start(command("clients", "5. Start").rstrip() + f" --port {port}\n", "supernode")
+        (device.folder / "fedface/state").mkdir(mode=0o700)
+        shutil.copy2(devices[0].folder / "fedface/state/sum.key", device.folder / "fedface/state/sum.key")
+    for device in devices:
+        device.start(command("clients", "5. Start"), "device")
 
     run = server.start(command("server", "6. Run"), "run")
     report = server.folder / "fedface-runs" / "family" / "run.json"
@@ -193,8 +239,21 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     assert record["rounds"][-1]["epsilon"]["upper"] <= 8
     assert record["base_hash"] != record["final_hash"]
     for device in devices:
-        ledger = Ledger.open(device.folder / "fedface-state" / "ledger.sqlite")
+        ledger = Ledger.open(device.folder / "fedface" / "state" / "ledger.sqlite")
         assert 0 < ledger.spent(1e-6).upper <= 8.0
         sent = [transmission.kind for transmission in ledger.read().transmissions]
         assert sent.count("update") == 2 and sent.count("metrics") == 2
-    assert [reported["devices"] for reported in record["private"]] == [3, 3]
+    assert [sorted(reported["answered"]) for reported in record["device_metrics"]] == [names, names]
+
+    # Then somebody who has only ca.crt starts a run with their own code.
+    hostile = server.folder / "hostile"
+    hostile.mkdir()
+    for name, content in {"pyproject.toml": HOSTILE_PROJECT, "hostile.py": HOSTILE, "LICENSE": ""}.items():
+        (hostile / name).write_text(content)
+    printed = server.do(f"flwr run {hostile} prod --stream")
+    assert printed.count("answer: expected the records fedface and blobs, got none") == 3
+    assert [home.folder.name for home in homes if (home.folder / "marker").exists()] == ["server"]
+    for device in devices:
+        assert (
+            "train request of round ?: answered with an error" in (device.folder / "device.log").read_text()
+        )

@@ -34,7 +34,6 @@ from fedface.models.checkpoint import save_model
 from fedface.models.discriminator import DiscriminatorConfig
 from fedface.models.model import GanArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2Config
-from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import Streams
 from fedface.simulation.in_process import InProcessGrid, in_process_cohort
 from fedface.transport.client import client_app
@@ -232,25 +231,10 @@ def test_a_device_keeps_its_number_while_others_come_and_go() -> None:
     assert cohort.members(2) == [1, 2]
 
 
-def test_the_owners_file_overrides_the_run_config(tmp_path: Path) -> None:
-    """A server can neither rename a real device nor choose its photos."""
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "device.yaml").write_text(
-        "name: kitchen\nphotos: photos\nstate: state\npolicy: {max_epsilon: 1, delta: 1e-6}\n"
-    )
-    asked = context(
-        {"device": str(tmp_path / "device.yaml"), "partition-id": 0},
-        {"experiment": "/elsewhere.yaml", "device": "/elsewhere.yaml", "folder": "/elsewhere"},
-    )
-    device = device_of(asked)
-    assert device.name == "kitchen" and device.policy == DevicePolicy(max_epsilon=1, delta=1e-6)
-    assert device.state == tmp_path / "state"
-
-
-def test_a_node_without_a_device_file_answers_no_task(tmp_path: Path) -> None:
-    """A SuperNode started without `device=`."""
-    with pytest.raises(FederationError, match="--node-config"):
-        device_of(context({}, {"experiment": "tiny.yaml"}))
+def test_the_bundles_app_answers_for_no_real_device(tmp_path: Path) -> None:
+    """A SuperNode in Flower's default mode, which would run any code of a server."""
+    with pytest.raises(FederationError, match="fedface device start"):
+        device_of(context({"device": str(tmp_path / "device.yaml")}, {"experiment": "tiny.yaml"}))
 
 
 def test_a_run_config_is_read_like_the_command_line(recipe: Path, tmp_path: Path) -> None:
