@@ -10,7 +10,7 @@ FedfaceError                 an error that the user can correct; the command lin
 │   ├── PolicyRefusal        the owner's policy refuses: requested, spent, allowed
 │   └── LedgerError          the ledger is missing, damaged or locked
 ├── AggregationError         payloads that cannot be summed
-├── FederationError          a cohort cannot run, or too few devices answered
+├── FederationError          a cohort cannot run, or too few devices responded
 └── RunError                 a run folder that cannot be started, resumed or read
 
 A device's refusal is a value (messages.messages.Refusal), not an exception.
@@ -64,7 +64,7 @@ class AggregationError(FedfaceError):
 
 
 class FederationError(FedfaceError):
-    """A cohort cannot run, or too few devices answered."""
+    """A cohort cannot run, or too few devices responded."""
 
 
 class RunError(FedfaceError):

@@ -17,7 +17,7 @@ def unit_named(name: str) -> Unit:
     raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {name!r}")
 
 
-def unit_in_words(unit: Unit) -> str:
+def describe_unit(unit: Unit) -> str:
     """What a guarantee covers, a phrase that can follow "the guarantee covers"."""
     match unit:
         case "photo":

@@ -265,7 +265,7 @@ def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: 
         "--json",
     )
     reported = json.loads(fedface(*words).out)
-    assert [entry["sheets"][0]["answers"][0]["fits"] for entry in reported] == [[True], [True]]
+    assert [entry["sheets"][0]["outputs"][0]["fits"] for entry in reported] == [[True], [True]]
     assert sorted(path.name for path in Path("sheets").iterdir()) == ["0.png.png", "1.png.png", "faces.json"]
     generated = Path("sheets/0.png.png").stat().st_mtime_ns
     assert fedface(*words).code == 0 and Path("sheets/0.png.png").stat().st_mtime_ns == generated

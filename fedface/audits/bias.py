@@ -198,7 +198,7 @@ class BiasReport:
     overall: GroupMetrics
     groups: dict[str, GroupMetrics]  # groups of at least two photos
     counts: dict[str, int]  # photos of every group, in the order of the probe
-    gaps: dict[str, Gap]  # by measure; empty where no two groups can be compared
+    gaps: dict[str, Gap]  # by metric; empty where no two groups can be compared
     tone_bins: FairnessMetrics  # over the bins of TONE_BINS, original against generated
     halves: FairnessMetrics  # over the two halves of the Monk scale
     # Share of darker faces, generated minus original; its size is the SPE of the halves.
@@ -330,14 +330,14 @@ def measure_bias(
     }
     sizes = {name: sum(group == name for group in groups) for name in dict.fromkeys([*expected, *groups])}
     measured = [name for name, size in sizes.items() if size >= 2]
-    tables = {measure: _by_group(values[measure], groups, measure, rng) for measure in METRICS}
+    tables = {name: _by_group(values[name], groups, name, rng) for name in METRICS}
     gaps = {}
-    for measure, table in tables.items():
-        metric = METRICS[measure]
+    for name, table in tables.items():
+        metric = METRICS[name]
         cost = {name: metric.cost(table[name]).estimate for name in measured}
-        gap = gap_between(values[measure], groups, cost, rng, rate=metric.kind == "rate")
+        gap = gap_between(values[name], groups, cost, rng, rate=metric.kind == "rate")
         if gap is not None:
-            gaps[measure] = gap
+            gaps[name] = gap
     everyone = {m: _by_group(values[m], ["all"] * n, m, rng)["all"] for m in METRICS}
     darker = (output.monk >= DARKER_FROM).double() - (true.monk >= DARKER_FROM).double()
     return BiasReport(
@@ -354,9 +354,9 @@ def measure_bias(
 
 
 def _by_group(
-    values: np.ndarray, groups: Sequence[str], measure: str, rng: np.random.Generator
+    values: np.ndarray, groups: Sequence[str], metric: str, rng: np.random.Generator
 ) -> dict[str, Interval]:
-    rate = METRICS[measure].kind == "rate"
+    rate = METRICS[metric].kind == "rate"
     found = rates_by_group(values, groups) if rate else metrics_by_group(values, groups, rng)
     return {name: value for name, value in found.items() if isinstance(value, Interval)}
 

@@ -351,19 +351,19 @@ def _pairs(groups: int) -> int:
     return groups * (groups - 1) // 2
 
 
-def _gap(reported: Mapping[str, GroupEstimates], measure: str) -> Gap:
+def _gap(reported: Mapping[str, GroupEstimates], metric: str) -> Gap:
     """The worst against the best served group, with an interval that holds for all pairs of groups at once."""
     level = level_for(_pairs(len(reported)))
-    served = {name: group.means[measure].interval(level) for name, group in reported.items()}
-    order = sorted(served, key=lambda name: DP_METRICS[measure].cost(served[name]).estimate)
+    served = {name: group.means[metric].interval(level) for name, group in reported.items()}
+    order = sorted(served, key=lambda name: DP_METRICS[metric].cost(served[name]).estimate)
     worst, best = order[-1], order[0]
     return Gap(worst=worst, best=best, difference=difference_between(served[worst], served[best]))
 
 
-def _hidden(reported: Mapping[str, GroupEstimates], gap: Gap, measure: str) -> tuple[float, float]:
+def _hidden(reported: Mapping[str, GroupEstimates], gap: Gap, metric: str) -> tuple[float, float]:
     """Half the width of a gap's interval, and that of the noise alone."""
     level = level_for(_pairs(len(reported)))
-    worst, best = (reported[name].means[measure].noise_alone(level) for name in (gap.worst, gap.best))
+    worst, best = (reported[name].means[metric].noise_alone(level) for name in (gap.worst, gap.best))
     noise = difference_between(worst, best)
     return (gap.difference.high - gap.difference.low) / 2.0, (noise.high - noise.low) / 2.0
 

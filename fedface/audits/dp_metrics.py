@@ -117,9 +117,9 @@ class LocalMetricsConfig:
         g = len(self.tone_upper_bounds)
         return g * g + (2 * len(RANGED_METRICS) + 1) * g
 
-    def range_of(self, measure: str) -> tuple[float, float]:
+    def range_of(self, metric: str) -> tuple[float, float]:
         """The public range of a metric; 0 to 1 of a yes or no."""
-        ends: tuple[float, float] = getattr(self, measure) if measure in RANGED_METRICS else (0.0, 1.0)
+        ends: tuple[float, float] = getattr(self, metric) if metric in RANGED_METRICS else (0.0, 1.0)
         return ends
 
 
@@ -212,11 +212,11 @@ def metric_vectors(photos: PhotoMetrics, config: LocalMetricsConfig, *, clip_nor
     here = one_hot(photos.group, g).double()
     cells = one_hot(photos.group * g + photos.output_group, g * g).double()
     parts = [math.sqrt(shares.table) * cells]
-    for measure in RANGED_METRICS:
-        low, high = config.range_of(measure)
-        values = torch.nan_to_num(getattr(photos, measure).double(), nan=high, posinf=high, neginf=low)
+    for metric in RANGED_METRICS:
+        low, high = config.range_of(metric)
+        values = torch.nan_to_num(getattr(photos, metric).double(), nan=high, posinf=high, neginf=low)
         x = (2.0 * (values.clamp(low, high) - low) / (high - low) - 1.0)[:, None]
-        weight = math.sqrt(getattr(shares, measure))
+        weight = math.sqrt(getattr(shares, metric))
         parts += [weight * x * here, weight * (1.0 - x.square()) * here]
     parts.append(math.sqrt(shares.detected) * (2.0 * photos.detected.double()[:, None] - 1.0) * here)
     return (clip_norm * torch.cat(parts, dim=1)).float()

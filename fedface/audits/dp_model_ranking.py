@@ -37,9 +37,9 @@ class PairwiseComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Models in order, best first, by one measure."""
+    """Models in order, best first, by one metric."""
 
-    measure: str
+    metric: str
     by: Literal["overall", "worst group"]
     order: tuple[str, ...]
     costs: dict[str, Interval]  # see `Metric.cost`; 95 % for each model
@@ -60,7 +60,7 @@ class Ranking:
 
     def sentences(self) -> list[str]:
         """The order in words, and which differences are not significant."""
-        metric = DP_METRICS[self.measure]
+        metric = DP_METRICS[self.metric]
         texts = [f"By {metric.title}, {self.scope()}, best first: {', '.join(self.order)}."]
         for pair in self.comparisons:
             gap = metric.format(pair.difference)
@@ -72,47 +72,47 @@ class Ranking:
         return texts
 
 
-def rank_overall(estimates: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
+def rank_overall(estimates: Mapping[str, DPMetricEstimates], metric: str) -> Ranking:
     """Order models by how they serve all units together.
 
     Args:
         estimates: Estimates of each model, by its name; at least two, of the same photos.
-        measure: One of DP_METRICS.
+        metric: One of DP_METRICS.
 
     Raises:
         FederationError: A model's total had too few units for any metric.
     """
-    _check(estimates, measure)
+    _check(estimates, metric)
     if missing := [name for name, found in estimates.items() if isinstance(found.overall, NotMeasured)]:
         raise FederationError(f"too few units for a metric of {', '.join(missing)}; ask more devices")
 
     def served(model: str, level: float) -> Interval:
         overall = estimates[model].overall
         assert isinstance(overall, GroupEstimates)
-        return DP_METRICS[measure].cost(overall.means[measure].interval(level))
+        return DP_METRICS[metric].cost(overall.means[metric].interval(level))
 
     pairs = _pairs(len(estimates))
     return _ranked(
         {model: served(model, level_for(1)) for model in estimates},
         {model: served(model, level_for(pairs)) for model in estimates},
-        measure,
+        metric,
         "overall",
     )
 
 
-def rank_worst_group(estimates: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
+def rank_worst_group(estimates: Mapping[str, DPMetricEstimates], metric: str) -> Ranking:
     """Order models by how they serve the group that each serves worst, among the groups reported of all.
 
     The worst of several noised metrics is biased towards worse; the intervals allow for that.
 
     Args:
         estimates: As for `rank_overall`.
-        measure: One of DP_METRICS.
+        metric: One of DP_METRICS.
 
     Raises:
         FederationError: No group is reported of all models.
     """
-    _check(estimates, measure)
+    _check(estimates, metric)
     first, *others = (each.reported for each in estimates.values())
     groups = [name for name in first if all(name in reported for reported in others)]
     if not groups:
@@ -120,7 +120,7 @@ def rank_worst_group(estimates: Mapping[str, DPMetricEstimates], measure: str) -
 
     def served(model: str, level: float) -> Interval:
         reported = estimates[model].reported
-        each = [DP_METRICS[measure].cost(reported[name].means[measure].interval(level)) for name in groups]
+        each = [DP_METRICS[metric].cost(reported[name].means[metric].interval(level)) for name in groups]
         worst = max(each, key=lambda each: each.estimate)
         return replace(worst, low=max(f.low for f in each), high=max(f.high for f in each))
 
@@ -128,7 +128,7 @@ def rank_worst_group(estimates: Mapping[str, DPMetricEstimates], measure: str) -
     return _ranked(
         {model: served(model, level_for(len(groups))) for model in estimates},
         {model: served(model, level_for(pairs * len(groups))) for model in estimates},
-        measure,
+        metric,
         "worst group",
     )
 
@@ -137,17 +137,17 @@ def _pairs(models: int) -> int:
     return models * (models - 1) // 2
 
 
-def _check(estimates: Mapping[str, DPMetricEstimates], measure: str) -> None:
+def _check(estimates: Mapping[str, DPMetricEstimates], metric: str) -> None:
     if len(estimates) < 2:
         raise ValueError(f"a ranking needs two models, got {len(estimates)}")
-    if measure not in DP_METRICS:
-        raise ValueError(f"measure must be one of {', '.join(DP_METRICS)}, got {measure!r}")
+    if metric not in DP_METRICS:
+        raise ValueError(f"metric must be one of {', '.join(DP_METRICS)}, got {metric!r}")
 
 
 def _ranked(
     alone: Mapping[str, Interval],
     compared: Mapping[str, Interval],
-    measure: str,
+    metric: str,
     by: Literal["overall", "worst group"],
 ) -> Ranking:
     order = sorted(alone, key=lambda model: alone[model].estimate)
@@ -157,4 +157,4 @@ def _ranked(
         )
         for one, other in combinations(order, 2)
     )
-    return Ranking(measure=measure, by=by, order=tuple(order), costs=dict(alone), comparisons=comparisons)
+    return Ranking(metric=metric, by=by, order=tuple(order), costs=dict(alone), comparisons=comparisons)

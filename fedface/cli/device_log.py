@@ -89,7 +89,7 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
     payloads = "1 payload" if len(log.transmissions) == 1 else f"{len(log.transmissions)} payloads"
     _say(f"Together: {number_format.size(log.bytes)} in {payloads}.".replace(number_format.SPACE, " "))
     for budget in log.budgets:
-        _say(budget.in_words() + (" (all runs together)" if log.run is not None else ""))
+        _say(budget.describe() + (" (all runs together)" if log.run is not None else ""))
         if (over := overspending(budget.spent.upper, budget.budget, unpromised=unpromised)) is not None:
             _say(f"{over[0].upper()}{over[1:]}.")
     if log.unsent:

@@ -30,7 +30,7 @@ def scan(
     """Scan a folder of photos: which files, how many faces, and why a file cannot be read."""
     from fedface.photos.detectors import load_detector
     from fedface.photos.library import scan_table, summary
-    from fedface.photos.photo_files import describe_left_out
+    from fedface.photos.photo_files import describe_skipped
     from fedface.photos.scan import ScanReport, checked_folder, scan_library
 
     checked_folder(folder)
@@ -58,8 +58,8 @@ def scan(
         say(f"... and {len(lines) - rows} more (--rows {len(lines)}, or --json)")
     for key, value in asdict(found).items():
         say(f"{key.replace('_', ' ')}: {cell(value)}")
-    if left_out := describe_left_out(done.left_out):
-        say(f"left out: {left_out}")
+    if skipped := describe_skipped(done.skipped):
+        say(f"skipped: {skipped}")
 
 
 @photos.command(epilog=example("fedface photos synthesize faces.png --size 64"))

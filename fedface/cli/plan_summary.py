@@ -103,7 +103,7 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
         yield f"warning: {warning}"
     if (warning := _delta_warning(recipe)) is not None:
         yield f"warning: {warning}"
-    yield f"devices: {recipe.devices.count}; at least {recipe.min_responses} must answer"
+    yield f"devices: {recipe.devices.count}; at least {recipe.min_responses} must respond"
     if list_devices:
         devices = describe_devices(recipe)
         yield from _batch_size(recipe, plan, [count for _, _, count in devices if count is not None])

@@ -106,7 +106,7 @@ def print_answer(file: Path, owned: Owned, spent: Sequence[float], answer: Polic
     """For people, in sentences."""
     ended = owned.policy.ended(SystemEnvironment())
     lines = [
-        *([] if answer is None else answer.in_words()),
+        *([] if answer is None else answer.describe()),
         *([] if ended is None else [ended]),
         f"{file} allows:",
         *(f"  {line}" for line in owned.policy.describe()),

@@ -20,7 +20,7 @@ class Price:
     together: float
     rounds_that_fit: int | None  # of the run's rounds; None where the requests differ in rounds
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Requested, spent and allowed, in one line."""
         room = "" if self.rounds_that_fit is None else f"; enough for {self.rounds_that_fit} of its rounds"
         return (
@@ -40,13 +40,13 @@ class Verdict:
     refusal: str | None  # None: it would take part
     prices: tuple[Price, ...]  # empty where it is refused regardless of its cost
 
-    def in_words(self, stated: str | None) -> list[str]:
+    def describe(self, stated: str | None) -> list[str]:
         """A sentence, without the reason if that is `stated` already, then one line per budget."""
         answer = "would take part" if self.refusal is None else _refused(self.refusal, stated)
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         return [
             f'{self.what} ("{self.objective}", {rounds}, per {self.unit}): {answer}',
-            *(f"  {price.in_words()}" for price in self.prices),
+            *(f"  {price.describe()}" for price in self.prices),
         ]
 
 
@@ -58,10 +58,10 @@ class CombinedVerdict:
     refusal: str | None  # None also where one request alone does not fit: its own verdict says so
     price: Price
 
-    def in_words(self, stated: str | None) -> list[str]:
-        """As `Verdict.in_words`."""
+    def describe(self, stated: str | None) -> list[str]:
+        """As `Verdict.describe`."""
         answer = "fits" if self.fits else _refused(self.refusal, stated)
-        return [f"training and evaluation together: {answer}", f"  {self.price.in_words()}"]
+        return [f"training and evaluation together: {answer}", f"  {self.price.describe()}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +80,17 @@ class PolicyReport:
         reasons += [] if self.together is None else [self.together.refusal]
         return next((reason for reason in reasons if reason is not None), None)
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """The answer, then the costs behind it."""
         return [
             f"this device would take part in {self.experiment}"
             if self.refusal is None
             else f"this device would refuse {self.experiment}: {self.refusal}",
-            *(f"  {line}" for verdict in self.verdicts for line in verdict.in_words(self.refusal)),
+            *(f"  {line}" for verdict in self.verdicts for line in verdict.describe(self.refusal)),
             *(
                 []
                 if self.together is None
-                else [f"  {line}" for line in self.together.in_words(self.refusal)]
+                else [f"  {line}" for line in self.together.describe(self.refusal)]
             ),
             *([] if self.privacy is None else [f"  {self.privacy}"]),
             *(

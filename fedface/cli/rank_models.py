@@ -64,7 +64,7 @@ def rank_models(
     torch.set_num_threads(1)
     name = f"{recipe.name}-ranking"
     folder = resume_ranking(name, out) if resume else new_folder(name, out)
-    if not resume and (folder / "answers.json").exists():
+    if not resume and (folder / "metrics.json").exists():
         raise RunError(f"{folder}: contains a ranking; continue it with --resume, or choose another folder")
     check_sources(recipe)
     with locked_folder(folder, "ranking"), progress_bars() as bars:

@@ -53,11 +53,11 @@ def print_comparison(record: ComparisonRecord, folder: Path) -> None:
     """One row per training method and epsilon."""
     say(record.question, style="bold")
     table = table_of("method", "epsilon", "runs", *(TITLES[metric] for metric in METRICS))
-    for way in record.ways():
+    for method in record.methods():
         for level in record.levels():
-            if runs := record.chosen(way, level):
-                cells = [table_cell(record.over_seeds(way, level, metric)) for metric in METRICS]
-                table.add_row(way, level, str(len(runs)), *cells)
+            if runs := record.chosen(method, level):
+                cells = [table_cell(record.over_seeds(method, level, metric)) for metric in METRICS]
+                table.add_row(method, level, str(len(runs)), *cells)
     say(table)
     say(
         "epsilon 0: the public model, not trained; ∞: trained without noise; every other epsilon is "
@@ -115,7 +115,7 @@ def _orders(record: RankingReport) -> Table:
         order = ", ".join(ranking.order)
         if ranking.all_tied:
             order, ties = "none", "all candidates"
-        table.add_row(device_metrics_section.title(ranking.measure), ranking.by, order, ties)
+        table.add_row(device_metrics_section.title(ranking.metric), ranking.by, order, ties)
     return table
 
 

@@ -28,7 +28,7 @@ from fedface.inference.pipeline import (
 from fedface.models.generator_protocol import sample
 from fedface.models.model import FlowArchitecture, Model, SuperResolutionArchitecture
 from fedface.photos.face_alignment import Detector
-from fedface.photos.photo_files import describe_left_out
+from fedface.photos.photo_files import describe_skipped
 from fedface.text import sanitize_text
 from fedface.upsampling.degradation import Area, Bicubic, BicubicPulse, Degradation
 from fedface.upsampling.methods import METHODS, Method, default_method
@@ -126,7 +126,7 @@ def upsample_photo(job: SheetJob, photo: Path, out: Path | None) -> list[dict[st
 
 def upsample_folder(job: SheetJob, photos: Path, out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Sheets for the photos of a folder that have none yet; photos without a face are named and counted."""
-    pictures, left_out = images_in(photos)
+    pictures, skipped = images_in(photos)
     sheets = SheetFolder(out, photos, settings)
     left = sheets.left(pictures)
     if len(left) < len(pictures):
@@ -135,18 +135,18 @@ def upsample_folder(job: SheetJob, photos: Path, out: Path, settings: dict[str, 
         sheets.store(path, result)
         if isinstance(result, SkippedPhoto):
             job.describe(sanitize_text(f"{result.photo}: skipped: {result.reason}", LONGEST))
-    without = sum("left_out" in entry for entry in sheets.found)
+    without = sum("skipped" in entry for entry in sheets.found)
     made = sum(len(entry.get("sheets", ())) for entry in sheets.found)
     job.describe(f"{len(pictures)} photos, {made} sheets in {out}, {without} skipped")
-    if left_out:
-        job.describe(f"left out: {describe_left_out(left_out)}")
+    if skipped:
+        job.describe(f"skipped: {describe_skipped(skipped)}")
     return list(sheets.found)
 
 
 def _description(sheet: SheetRecord, settings: SheetSettings) -> list[str]:
     """What was found in a photo, and one line per method."""
     lines = []
-    low_side = sheet.portrait.shown.low.shape[-1]
+    low_side = sheet.content.shown.low.shape[-1]
     if sheet.people == 0:
         lines.append(f"{sheet.photo}: used whole as a face, {sheet.side:.0f} pixels a side")
         if sheet.side > low_side and settings.size % int(sheet.side) == 0:
@@ -156,7 +156,7 @@ def _description(sheet: SheetRecord, settings: SheetSettings) -> list[str]:
             )
     else:
         which = f"face {sheet.person} of {sheet.people}" if sheet.people > 1 else "one face"
-        turned = f", found with the photo rotated by {sheet.turned} degrees" if sheet.turned else ""
+        turned = f", found with the photo rotated by {sheet.rotation} degrees" if sheet.rotation else ""
         lines.append(f"{sheet.photo}: {which}{turned}")
     if sheet.person == 1 and sheet.people > settings.max_faces:
         lines.append(
@@ -166,7 +166,7 @@ def _description(sheet: SheetRecord, settings: SheetSettings) -> list[str]:
         lines.append(
             f"  the face is only {sheet.side:.0f} pixels wide, fewer than the {low_side} of the input shown"
         )
-    lines += [f"  {describe_output(answer)}" for answer in sheet.portrait.answers]
-    if not any(bool(answer.upsampled.converged.any()) for answer in sheet.portrait.answers):
+    lines += [f"  {describe_output(output)}" for output in sheet.content.outputs]
+    if not any(bool(output.upsampled.converged.any()) for output in sheet.content.outputs):
         lines.append(f"  {NEAREST}")
     return [*lines, f"  open {sheet.sheet}"]

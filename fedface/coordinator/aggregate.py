@@ -165,7 +165,7 @@ def _sort_replies(
             case Failure(reason=reason):
                 dropped.append(RefusalRecord(device=name, reason=reason))
             case _:
-                dropped.append(RefusalRecord(device=name, reason="answered another question"))
+                dropped.append(RefusalRecord(device=name, reason="replied to another task"))
     for member, reason in _under_another_key(usable).items():
         dropped.append(RefusalRecord(device=usable.pop(member)[0].device, reason=reason))
     return usable, refusals, dropped
@@ -204,7 +204,7 @@ def _decrypt(
         plain = server.reveal(total)
         if not bool(torch.isfinite(plain).all()):
             raise FederationError(
-                f"round {task.round}: the sum of the answers is not finite; nothing was applied"
+                f"round {task.round}: the sum of the replies is not finite; nothing was applied"
             )
         return plain
     decrypt = DecryptTask(

@@ -272,7 +272,7 @@ def _draw(record: ComparisonRecord, sweep: Sweep, folder: Path, truth: _Referenc
 def _rows(record: ComparisonRecord, sweep: Sweep, folder: Path) -> dict[str, Images]:
     """A row of samples for each method and epsilon, of the first seed, from the same latents per architecture."""
     rows: dict[str, Images] = {}
-    for method in record.ways():
+    for method in record.methods():
         mine = [variant for variant in sweep.variants if variant.method == method]
         seed = mine[0].experiment.seed
         rows[f"{method}, epsilon 0"] = _sampled(mine[0].experiment.start(), mine[0].experiment, SHOWN)

@@ -100,7 +100,7 @@ def request_metrics(
         when=evaluation.name,
         weights_hash=task.model,
         method=title_of(task.request.method),
-        answered=round_sum.devices,
+        participants=round_sum.devices,
         refusals=tuple(r.reason for r in (*round_sum.refusals, *round_sum.dropped)),
         epsilon=_epsilon(experiment, dp),
         noise_multiplier=dp.noise_multiplier,

@@ -110,7 +110,7 @@ def run_ranking(
     if config is None or not isinstance(target, PrivacyTarget):
         raise ConfigError("a ranking needs a privacy target and an evaluation; see experiment.for_ranking")
     dp = ranking_parameters(experiment, len(models))
-    path = folder / "answers.json"
+    path = folder / "metrics.json"
     state = RankingState.opened(path, experiment, models)
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     withdrawn: set[int] = set()  # members whose owners have withdrawn
@@ -127,10 +127,12 @@ def run_ranking(
             config=config.metrics,
             holdout_fraction=0.0,
         )
-        asked = [member for member in members if member not in withdrawn]
-        answer = request_metrics(experiment, evaluation, cohort, asked, progress.advance, withdrawn.update)
+        requested = [member for member in members if member not in withdrawn]
+        metrics = request_metrics(
+            experiment, evaluation, cohort, requested, progress.advance, withdrawn.update
+        )
         # A ranking stores no names of devices, so a withdrawal has none to remove.
-        state = replace(state, records={**state.records, name: replace(answer, answered=())})
+        state = replace(state, records={**state.records, name: replace(metrics, participants=())})
         replace_text(path, dumps(state))
     trusted = (
         "The server is trusted: it receives each device's metrics without noise, adds the noise to "
@@ -196,10 +198,10 @@ class RankingState:
 def _rankings(estimates: Mapping[str, DPMetricEstimates]) -> list[Ranking]:
     """Rankings by each metric over all units and for the worst-served group; those without enough units are omitted."""
     found = []
-    for measure in DP_METRICS:
+    for metric in DP_METRICS:
         for rank in (rank_overall, rank_worst_group):
             try:
-                found.append(rank(estimates, measure))
+                found.append(rank(estimates, metric))
             except FederationError:
                 continue
     if not found:

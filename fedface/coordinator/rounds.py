@@ -187,7 +187,7 @@ def _round_record(plan: Plan, task: TrainTask, round_sum: RoundSum, model: str) 
     """The record without metrics; `model` is the hash of the weights after the round."""
     return RoundRecord(
         round=task.round,
-        answered=round_sum.devices,
+        participants=round_sum.devices,
         refusals=round_sum.refusals,
         dropped=round_sum.dropped,
         epsilon=epsilon_spent(plan, task.round),
@@ -217,7 +217,7 @@ def epsilon_spent(plan: Plan, rounds: int, evaluations: int | None = None) -> Ep
 
 def _summary(record: RoundRecord, total: int, *, with_metrics: bool) -> str:
     missing = len(record.refusals) + len(record.dropped)
-    parts = [f"round {record.round} of {total}: {len(record.answered)} devices answered"]
+    parts = [f"round {record.round} of {total}: {len(record.participants)} devices took part"]
     if missing:
         parts[0] += f", {missing} did not"
     if isinstance(epsilon := record.epsilon, Epsilon):

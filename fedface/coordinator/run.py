@@ -48,7 +48,7 @@ from fedface.models.checkpoint import load_model, save_model, weights_hash
 from fedface.models.model import Model
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import PrivacyTarget
-from fedface.privacy_units import PLURALS, unit_in_words
+from fedface.privacy_units import PLURALS, describe_unit
 from fedface.public_data.device_photos import describe_devices, device_faces
 from fedface.public_data.probe import PublicProbe, public_faces
 from fedface.randomness import Streams
@@ -441,7 +441,7 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
         notes.append("The base generator was trained on synthetic faces of which 85 in 100 have light skin.")
     if isinstance(plan.privacy, PrivacyTarget):
         notes.append(
-            f"The privacy guarantee covers {unit_in_words(plan.privacy.unit)}. A person in many "
+            f"The privacy guarantee covers {describe_unit(plan.privacy.unit)}. A person in many "
             f"{PLURALS[plan.privacy.unit]} is protected less: the privacy losses of all that show them add up."
         )
     if isinstance(experiment.aggregation, HomomorphicConfig):

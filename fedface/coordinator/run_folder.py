@@ -37,7 +37,7 @@ def resume_ranking(name: str, out: Path | None) -> Path:
     Raises:
         RunError: There is none.
     """
-    return _unfinished(name, out, "answers.json", "ranking.json")
+    return _unfinished(name, out, "metrics.json", "ranking.json")
 
 
 def resume_run(name: str, out: Path | None) -> Path:

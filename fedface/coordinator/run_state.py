@@ -54,19 +54,21 @@ class RunState:
 
         Args:
             name: The device's name.
-            price: Rounds and evaluations that it answered -> the epsilon of one unit that these cost.
+            price: Rounds and evaluations that it took part in -> the epsilon of one unit that these cost.
         """
-        rounds = tuple(record.round for record in self.rounds if name in record.answered)
+        rounds = tuple(record.round for record in self.rounds if name in record.participants)
         records = tuple(record.without(name) for record in self.rounds)
-        questions = sum(name in record.answered for record in self.device_metrics)
+        evaluations = sum(name in record.participants for record in self.device_metrics)
         private = tuple(record.without(name) for record in self.device_metrics)
-        left = self.withdrawals
-        if rounds or questions:
-            left = (
-                *left,
-                WithdrawalRecord(rounds=rounds, evaluations=questions, epsilon=price(len(rounds), questions)),
+        withdrawals = self.withdrawals
+        if rounds or evaluations:
+            withdrawals = (
+                *withdrawals,
+                WithdrawalRecord(
+                    rounds=rounds, evaluations=evaluations, epsilon=price(len(rounds), evaluations)
+                ),
             )
-        return self._saved(replace(self, rounds=records, device_metrics=private, withdrawals=left))
+        return self._saved(replace(self, rounds=records, device_metrics=private, withdrawals=withdrawals))
 
     def _saved(self, state: RunState) -> RunState:
         state.save()

@@ -45,7 +45,7 @@ _CELL, _ROW = _SIDE + _GAP, _SIDE + _SMALL + 30
 class DegradedFace:
     """A face and its low-resolution version, the input of the methods."""
 
-    subject: FaceCrop
+    face: FaceCrop
     truth: Images  # (1, 3, size, size): the aligned face, or a small picture enlarged
     low: LowImages  # (1, 3, side, side) in [0, 1]
     degradation: Degradation
@@ -65,25 +65,25 @@ class ContactSheet:
     """A face, its low-resolution version, and every method's output."""
 
     shown: DegradedFace
-    answers: tuple[MethodOutput, ...]
+    outputs: tuple[MethodOutput, ...]
 
 
-def show(subject: FaceCrop, degradation: Degradation, *, size: int, seed: int = 0) -> DegradedFace:
+def show(face: FaceCrop, degradation: Degradation, *, size: int, seed: int = 0) -> DegradedFace:
     """Degrade a face; a picture that already has the low resolution is used unchanged.
 
     Raises:
         ValueError: The degradation does not support faces of `size` pixels.
     """
-    crop = torch.from_numpy(subject.crop.copy()).permute(2, 0, 1)[None].float() / 255.0
+    crop = torch.from_numpy(face.crop.copy()).permute(2, 0, 1)[None].float() / 255.0
     own, low_side = crop.shape[-1], degradation.low_side(size)
     truth = crop
     if own != size:
         truth = functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    if subject.already_small and own == low_side:
+    if face.already_small and own == low_side:
         low = crop
     else:
         low = apply_degradation(degradation, truth, Streams(seed).generator("camera"))
-    return DegradedFace(subject=subject, truth=truth, low=low, degradation=degradation)
+    return DegradedFace(face=face, truth=truth, low=low, degradation=degradation)
 
 
 class MethodRunner:
@@ -122,112 +122,112 @@ class MethodRunner:
 
     def run(self, shown: DegradedFace, *, faces: int) -> ContactSheet:
         """Run every method, with `faces` (>= 1) faces from those that can generate several."""
-        answers = []
+        outputs = []
         for method, upsampler in self._prepared:
             started = time.perf_counter()
             generated = upsampler.upsample(
                 shown.low, faces_per_photo=1 if is_deterministic(method) else faces
             )
-            answers.append(
+            outputs.append(
                 MethodOutput(method=method, upsampled=generated, seconds=time.perf_counter() - started)
             )
-        return ContactSheet(shown=shown, answers=tuple(answers))
+        return ContactSheet(shown=shown, outputs=tuple(outputs))
 
 
-def describe_output(answer: MethodOutput) -> str:
+def describe_output(output: MethodOutput) -> str:
     """One line about a method's output: how many faces fit, and how well."""
-    consistency_error, fits = answer.upsampled.consistency_error[0], answer.upsampled.converged[0]
+    consistency_error, fits = output.upsampled.consistency_error[0], output.upsampled.converged[0]
     best = f"smallest consistency error {float(consistency_error.min()):.5f}"
-    if is_deterministic(answer.method):
-        return f"{title_of(answer.method)}: one face, {'fits' if bool(fits[0]) else 'does not fit'}, {best}"
-    return f"{title_of(answer.method)}: {int(fits.sum())} of {len(fits)} faces fit, {best}"
+    if is_deterministic(output.method):
+        return f"{title_of(output.method)}: one face, {'fits' if bool(fits[0]) else 'does not fit'}, {best}"
+    return f"{title_of(output.method)}: {int(fits.sum())} of {len(fits)} faces fit, {best}"
 
 
 def contact_sheet(
-    portrait: ContactSheet, tones: ToneHistogram | None = None, *, source: str = "", software: str = SOFTWARE
+    content: ContactSheet, tones: ToneHistogram | None = None, *, source: str = "", software: str = SOFTWARE
 ) -> bytes:
     """The sheet as PNG on white.
 
     Args:
-        portrait: At least one method's output.
+        content: At least one method's output.
         tones: Skin tones of the generator's samples; None if no generator was used.
         source: The photo's origin, for the last line.
         software: The PNG entry by which the file is known as ours.
     """
-    shown = portrait.shown
-    several = [answer for answer in portrait.answers if not is_deterministic(answer.method)]
-    single = [answer for answer in portrait.answers if is_deterministic(answer.method)]
-    columns = max(5, len(single), *(answer.upsampled.faces_per_photo + 1 for answer in several), 0)
+    shown = content.shown
+    several = [output for output in content.outputs if not is_deterministic(output.method)]
+    single = [output for output in content.outputs if is_deterministic(output.method)]
+    columns = max(5, len(single), *(output.upsampled.faces_per_photo + 1 for output in several), 0)
     width, top = _LEFT + columns * _CELL + 16, 46 + _SIDE + 54
     height = top + (len(several) + bool(single)) * _ROW + 16 * bool(single) + 64
     with matplotlib.rc_context({**STYLE, "font.size": 9.0}):
         sheet = _Sheet(width, height)
         side, own = shown.low.shape[-1], measure_tone(shown.truth)
-        sheet.words(
+        sheet.text(
             _LEFT,
             10,
             f"the photo's face\nMonk {float(own.monk[0]):.1f}",
         )
         sheet.picture(_LEFT, 46, _SIDE, shown.truth[0])
         words = "\n".join(textwrap.wrap(format_degradation(shown.degradation), 24))
-        sheet.words(_LEFT + _CELL, 10, f"input:\n{side} x {side} pixels")
+        sheet.text(_LEFT + _CELL, 10, f"input:\n{side} x {side} pixels")
         sheet.picture(_LEFT + _CELL, 46, _SIDE, shown.low[0])
-        sheet.words(_LEFT + _CELL, 46 + _SIDE + 6, words, small=True)
+        sheet.text(_LEFT + _CELL, 46 + _SIDE + 6, words, small=True)
         if tones is not None:
             generated = torch.cat(
-                [measure_tone(answer.upsampled.images[0]).monk for answer in portrait.answers]
+                [measure_tone(output.upsampled.images[0]).monk for output in content.outputs]
             )
             sheet.tones(_LEFT + 2 * _CELL + 56, 46, width - 24, _SIDE, tones, own.monk, generated)
-        for number, answer in enumerate(several):
-            _row(sheet, top + number * _ROW, answer, shown.degradation)
+        for number, output in enumerate(several):
+            _row(sheet, top + number * _ROW, output, shown.degradation)
         if single:
             _single_row(sheet, top + len(several) * _ROW, single, shown.degradation)
-        fits = any(bool(answer.upsampled.converged.any()) for answer in portrait.answers)
-        sheet.words(16, height - 44, NO_FACE if fits else f"{NEAREST} {NO_FACE}", bold=True)
+        fits = any(bool(output.upsampled.converged.any()) for output in content.outputs)
+        sheet.text(16, height - 44, NO_FACE if fits else f"{NEAREST} {NO_FACE}", bold=True)
         if source:
-            sheet.words(16, height - 22, source, small=True)
+            sheet.text(16, height - 22, source, small=True)
         return sheet.png(software)
 
 
-def _row(sheet: _Sheet, y: int, answer: MethodOutput, degradation: Degradation) -> None:
+def _row(sheet: _Sheet, y: int, output: MethodOutput, degradation: Degradation) -> None:
     """One method: its faces, each downscaled, and their standard deviation."""
-    generated = answer.upsampled
-    title, _, rest = title_of(answer.method).partition(" from ")
+    generated = output.upsampled
+    title, _, rest = title_of(output.method).partition(" from ")
     lines = [f"from {rest}"] if rest else []
     lines += [
         f"{int(generated.converged[0].sum())} of {generated.faces_per_photo} fit",
-        f"{answer.seconds:.2g} s",
+        f"{output.seconds:.2g} s",
     ]
-    sheet.words(16, y + 8, title, bold=True)
-    sheet.words(16, y + 28, "\n".join(lines), small=True)
+    sheet.text(16, y + 8, title, bold=True)
+    sheet.text(16, y + 28, "\n".join(lines), small=True)
     for number in range(generated.faces_per_photo):
-        _face(sheet, _LEFT + number * _CELL, y, answer, number, degradation)
+        _face(sheet, _LEFT + number * _CELL, y, output, number, degradation)
     x, spread = _LEFT + generated.faces_per_photo * _CELL, pixel_std(generated.images[0])
     sheet.heat(x, y, _SIDE, spread)
     mean, most = 100 * float(spread.mean()), 100 * float(spread.max())
     words = f"where they differ: {mean:.0f} %\non average, bright: {most:.0f} %"
-    sheet.words(x, y + _SIDE + 8, words, small=True)
+    sheet.text(x, y + _SIDE + 8, words, small=True)
 
 
-def _single_row(sheet: _Sheet, y: int, answers: Sequence[MethodOutput], degradation: Degradation) -> None:
+def _single_row(sheet: _Sheet, y: int, outputs: Sequence[MethodOutput], degradation: Degradation) -> None:
     """Methods that give one face, side by side."""
-    sheet.words(16, y + 24, "one face each,", bold=True)
-    sheet.words(16, y + 44, "although many faces\nwould fit", small=True)
-    for number, answer in enumerate(answers):
-        sheet.words(_LEFT + number * _CELL, y, title_of(answer.method), bold=True)
-        _face(sheet, _LEFT + number * _CELL, y + 18, answer, 0, degradation)
+    sheet.text(16, y + 24, "one face each,", bold=True)
+    sheet.text(16, y + 44, "although many faces\nwould fit", small=True)
+    for number, output in enumerate(outputs):
+        sheet.text(_LEFT + number * _CELL, y, title_of(output.method), bold=True)
+        _face(sheet, _LEFT + number * _CELL, y + 18, output, 0, degradation)
 
 
-def _face(sheet: _Sheet, x: int, y: int, answer: MethodOutput, number: int, degradation: Degradation) -> None:
+def _face(sheet: _Sheet, x: int, y: int, output: MethodOutput, number: int, degradation: Degradation) -> None:
     """One face, its downscaled version, and whether that matches the input."""
     face, consistency_error = (
-        answer.upsampled.images[0, number],
-        float(answer.upsampled.consistency_error[0, number]),
+        output.upsampled.images[0, number],
+        float(output.upsampled.consistency_error[0, number]),
     )
     sheet.picture(x, y, _SIDE, face)
     sheet.picture(x, y + _SIDE + 4, _SMALL, degradation.apply(face[None])[0].clamp(0, 1))
-    verdict = "fits" if bool(answer.upsampled.converged[0, number]) else "no fit"
-    sheet.words(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nerror {consistency_error:.5f}", small=True)
+    verdict = "fits" if bool(output.upsampled.converged[0, number]) else "no fit"
+    sheet.text(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nerror {consistency_error:.5f}", small=True)
 
 
 class _Sheet:
@@ -252,7 +252,7 @@ class _Sheet:
         axes.imshow(spread.numpy(), cmap="magma", vmin=0.0, vmax=most, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
 
-    def words(self, x: float, y: float, text: str, *, small: bool = False, bold: bool = False) -> None:
+    def text(self, x: float, y: float, text: str, *, small: bool = False, bold: bool = False) -> None:
         self._canvas.text(
             x / self.width,
             1 - y / self.height,
@@ -280,8 +280,8 @@ class _Sheet:
         axes.set_xlabel("Monk scale, estimated from pixels")
         axes.set_ylabel("share, %")
         axes.grid(axis="x", visible=False)
-        self.words(left - 36, y - 36, f"skin tones of the generator's samples (n = {tones.count});")
-        self.words(left - 36, y - 20, "above: the photo (orange), the outputs (blue)", small=True)
+        self.text(left - 36, y - 36, f"skin tones of the generator's samples (n = {tones.count});")
+        self.text(left - 36, y - 20, "above: the photo (orange), the outputs (blue)", small=True)
 
     def png(self, software: str) -> bytes:
         target = io.BytesIO()

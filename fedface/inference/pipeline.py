@@ -23,7 +23,7 @@ from fedface.inference.contact_sheet import ContactSheet, MethodRunner, contact_
 from fedface.photos.face_alignment import Detector
 from fedface.photos.face_crops import LONGEST_SIDE, FaceCrop, face_crops, whole_image
 from fedface.photos.image_io import PICTURE_MARK, Photo, look_at
-from fedface.photos.photo_files import OWN_PICTURES, describe_left_out, walk
+from fedface.photos.photo_files import OWN_PICTURES, describe_skipped, walk
 from fedface.photos.sandboxed_decoder import SandboxedDecoder
 from fedface.upsampling.degradation import Degradation
 from fedface.upsampling.methods import name_of
@@ -63,29 +63,29 @@ class SheetRecord:
     photo: str
     person: int  # from 1, the largest face first
     people: int  # faces in the photo; 0: the picture was taken as a face
-    turned: int  # degrees by which the photo was rotated counterclockwise
+    rotation: int  # degrees by which the photo was rotated counterclockwise
     side: float  # of the face's crop in pixels of the photo
     sheet: Path
-    portrait: ContactSheet
+    content: ContactSheet
 
     def plain(self) -> dict[str, Any]:
         """For JSON: what was found, and each method's consistency errors."""
-        answers = [
+        outputs = [
             {
-                "method": name_of(answer.method),
+                "method": name_of(output.method),
                 # A face that a network did not make has no consistency error.
                 "consistency_error": [
                     round(value, 7) if value < math.inf else None
-                    for value in answer.upsampled.consistency_error[0].tolist()
+                    for value in output.upsampled.consistency_error[0].tolist()
                 ],
-                "fits": answer.upsampled.converged[0].tolist(),
-                "seconds": round(answer.seconds, 3),
+                "fits": output.upsampled.converged[0].tolist(),
+                "seconds": round(output.seconds, 3),
             }
-            for answer in self.portrait.answers
+            for output in self.content.outputs
         ]
         return {
-            "person": self.person, "people": self.people, "turned": self.turned,
-            "crop_pixels": round(self.side, 1), "sheet": self.sheet.name, "answers": answers,
+            "person": self.person, "people": self.people, "rotation": self.rotation,
+            "crop_pixels": round(self.side, 1), "sheet": self.sheet.name, "outputs": outputs,
         }  # fmt: skip
 
 
@@ -105,21 +105,21 @@ def images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
     """
     if not folder.is_dir():
         raise LibraryError(f"there is no photo or folder {folder}")
-    left_out: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     pictures = []
-    for found in walk(folder, left_out):
+    for found in walk(folder, skipped):
         match "other" if found.status is None else look_at(found.path):
             case "picture":
                 pictures.append(found.path)
             case "made by fedface":
-                left_out[OWN_PICTURES] += 1
+                skipped[OWN_PICTURES] += 1
             case "other":
-                left_out[found.reason or "files that are no pictures"] += 1
+                skipped[found.reason or "files that are no pictures"] += 1
     if not pictures:
         raise LibraryError(
-            f"{folder}: no picture in this folder ({describe_left_out(left_out) or 'it is empty'})"
+            f"{folder}: no picture in this folder ({describe_skipped(skipped) or 'it is empty'})"
         )
-    return sorted(pictures, key=lambda path: (path.parent.parts, path.name)), left_out
+    return sorted(pictures, key=lambda path: (path.parent.parts, path.name)), skipped
 
 
 def check_sheet(path: Path, photos: Path) -> None:
@@ -140,10 +140,10 @@ def run_pipeline(
     photos: Sequence[Path],
     place: Callable[[Path, int], Path],
     settings: SheetSettings,
-    painters: MethodRunner,
+    runner: MethodRunner,
     detector: Callable[[], Detector],
     tones: ToneHistogram | None,
-    watcher: SheetProgress,
+    progress: SheetProgress,
 ) -> Iterator[tuple[Path, tuple[SheetRecord, ...] | SkippedPhoto]]:
     """Yield each photo with the records of its sheets, or why it was skipped; sheets are written before the next photo.
 
@@ -151,15 +151,15 @@ def run_pipeline(
         photos: Files.
         place: The path of the sheet for a photo and a person's number.
         settings: For every photo.
-        painters: The methods.
+        runner: The methods.
         detector: Loads the detector on first use.
         tones: Of the generator's samples; None omits them.
-        watcher: Receives the progress.
+        progress: Receives the progress.
     """
     smallest = settings.degradation.low_side(settings.size)
     with SandboxedDecoder(longest_side=LONGEST_SIDE) as reader:
         for path, photo in reader.read_all(photos):
-            watcher.stage(path.name, 1000)
+            progress.stage(path.name, 1000)
             try:
                 people = _people(path, photo, detector, settings, smallest)
             except (PhotoError, LibraryError) as error:
@@ -167,20 +167,20 @@ def run_pipeline(
                 continue
             people, sheets, mark = people[: settings.max_faces], [], _mark_of(path)
             try:
-                for subject in people:
-                    check_sheet(place(path, subject.number), path)
+                for face in people:
+                    check_sheet(place(path, face.number), path)
             except ConfigError as error:
                 yield path, SkippedPhoto(photo=str(path), reason=str(error))
                 continue
-            for subject in people:
-                shown = show(subject, settings.degradation, size=settings.size)
-                portrait = painters.run(shown, faces=settings.faces)
-                sheet = place(path, subject.number)
+            for face in people:
+                shown = show(face, settings.degradation, size=settings.size)
+                content = runner.run(shown, faces=settings.faces)
+                sheet = place(path, face.number)
                 sheet.parent.mkdir(parents=True, exist_ok=True)
-                write_output(sheet, contact_sheet(portrait, tones, software=mark.partition("\0")[2]), mark)
+                write_output(sheet, contact_sheet(content, tones, software=mark.partition("\0")[2]), mark)
                 sheets.append(SheetRecord(
-                    photo=str(path), person=subject.number, people=subject.people, turned=subject.rotation,
-                    side=subject.side, sheet=sheet, portrait=portrait,
+                    photo=str(path), person=face.number, people=face.people, rotation=face.rotation,
+                    side=face.side, sheet=sheet, content=content,
                 ))  # fmt: skip
             yield path, tuple(sheets)
 
@@ -218,7 +218,7 @@ class SheetFolder:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder}: is a file; choose a folder for the sheets")
         self.folder, self._photos = folder, photos
-        self._asked = json.loads(json.dumps({"photos": str(photos.resolve()), **settings}))
+        self._settings = json.loads(json.dumps({"photos": str(photos.resolve()), **settings}))
         self._found: dict[str, dict[str, Any]] = {}
         if (folder / RECORD).exists():
             self._found = self._read(folder / RECORD)
@@ -226,15 +226,15 @@ class SheetFolder:
     def _read(self, path: Path) -> dict[str, dict[str, Any]]:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            asked, found = (
-                dict(stored["asked"]),
-                {str(name): dict(entry) for name, entry in stored["found"].items()},
+            settings, found = (
+                dict(stored["settings"]),
+                {str(name): dict(entry) for name, entry in stored["photos"].items()},
             )
             for entry in found.values():
                 list(entry["stamp"]), [str(sheet["sheet"]) for sheet in entry.get("sheets", ())]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: damaged ({error!r}); choose another folder with --out") from error
-        if asked != self._asked:
+        if settings != self._settings:
             raise ConfigError(
                 f"{self.folder}: holds sheets of other photos or settings (see {RECORD} there); "
                 "choose another folder with --out"
@@ -269,7 +269,7 @@ class SheetFolder:
         entry: dict[str, Any] = {"stamp": self._stamp(path)}
         match result:
             case SkippedPhoto(reason=reason):
-                entry["left_out"] = reason
+                entry["skipped"] = reason
             case _:
                 entry["sheets"] = [
                     sheets.plain() | {"sheet": sheets.sheet.relative_to(self.folder).as_posix()}
@@ -278,7 +278,7 @@ class SheetFolder:
         self._found[self._name(path)] = entry
         record = self.folder / RECORD
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"asked": self._asked, "found": self._found}
+        content = {"settings": self._settings, "photos": self._found}
         replace_text(record, json.dumps(content, indent=1))
 
     def _name(self, path: Path) -> str:

@@ -34,12 +34,12 @@ class FoundFile:
     reason: str = ""
 
 
-def walk(folder: Path, left_out: Counter[str], depth: int = 0) -> Iterator[FoundFile]:
+def walk(folder: Path, skipped: Counter[str], depth: int = 0) -> Iterator[FoundFile]:
     """Regular files below a folder, depth first, in no order.
 
     Args:
         folder: Where to begin.
-        left_out: Counts by reason what is passed over: a folder as one, whatever it holds.
+        skipped: Counts by reason what is passed over: a folder as one, whatever it holds.
         depth: How deep `folder` lies below the first one.
     """
     if depth > MAX_DEPTH:
@@ -60,17 +60,17 @@ def walk(folder: Path, left_out: Counter[str], depth: int = 0) -> Iterator[Found
                 continue
             is_folder = stat.S_ISDIR(status.st_mode)
             if is_folder and entry.name.lower() in THUMBNAIL_FOLDERS:
-                left_out[THUMBNAILS] += 1
+                skipped[THUMBNAILS] += 1
             elif entry.name.startswith("."):
-                left_out[HIDDEN] += 1
+                skipped[HIDDEN] += 1
             elif is_folder:
-                yield from walk(path, left_out, depth + 1)
+                yield from walk(path, skipped, depth + 1)
             elif stat.S_ISREG(status.st_mode):
                 yield FoundFile(path, status)
             else:
-                left_out[LINKS] += 1
+                skipped[LINKS] += 1
 
 
-def describe_left_out(left_out: dict[str, int]) -> str:
+def describe_skipped(skipped: dict[str, int]) -> str:
     """`3 hidden files and folders, 1 links and special files`; empty if nothing was left out."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()) if count)
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()) if count)

@@ -48,9 +48,7 @@ class ScanReport:
     gone: int = 0  # known before and no longer there
     seconds: float = 0.0
     latest: Path | None = None  # the file just dealt with
-    left_out: dict[str, int] = field(
-        default_factory=dict
-    )  # reason -> files and folders that were passed over
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> files and folders that were passed over
 
 
 def scan_library(
@@ -260,7 +258,7 @@ class _Scan:
             gone=gone,
             seconds=time.monotonic() - self._started,
             latest=latest,
-            left_out=dict(self._left_out),
+            skipped=dict(self._left_out),
         )
 
     def _write(self, record: PhotoRecord) -> None:

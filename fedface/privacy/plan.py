@@ -31,7 +31,7 @@ from fedface.privacy.accounting import (
 from fedface.privacy.mechanism import ClipNorm, ClippedSum, Event, GaussianSum, SampledGaussian, round_floor
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget
 from fedface.privacy.renyi_filter import filter_epsilon
-from fedface.privacy_units import Unit, unit_in_words
+from fedface.privacy_units import Unit, describe_unit
 from fedface.validation import AtLeast, Digits, In, checked
 
 MAX_STEPS = 2_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
@@ -237,7 +237,7 @@ class Plan:
                     ),
                     f"privacy guarantee: epsilon at most {target.epsilon:g} at delta {format_delta(target.delta)} "
                     f"per {target.unit}, over the whole run; neighbouring libraries: {ADJACENCY}",
-                    f"privacy unit: {unit_in_words(target.unit)}",
+                    f"privacy unit: {describe_unit(target.unit)}",
                     f"privacy cost: {price}",
                     *_beside_others(self.total_event(), target),
                 ]

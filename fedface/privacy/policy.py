@@ -28,7 +28,7 @@ from fedface.privacy.participation_conditions import (
 )
 from fedface.privacy.plan import DPParameters, Plan, RunReleases
 from fedface.privacy.privacy_target import Delta
-from fedface.privacy_units import UNITS, Unit, covers, unit_in_words
+from fedface.privacy_units import UNITS, Unit, covers, describe_unit
 from fedface.validation import Above, AtLeast, checked
 
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
@@ -346,7 +346,7 @@ class DevicePolicy:
             if self.protocols
             else "updates may not travel at all: every run is refused",
             *(f"at most {limit}" for limit in self.budgets),
-            f"the budget counts {unit_in_words(self.unit)}",
+            f"the budget counts {describe_unit(self.unit)}",
             f"a run's guarantee must be per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
             "the noise may be added by the server, which then sees updates and metrics without noise"
             if self.trust_server

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: each measure against epsilon, tone histograms, quality by group, and samples.
+"""The pictures of a comparison: each metric against epsilon, tone histograms, quality by group, and samples.
 
 PNG on white. Colours are the colour-blind-safe set of Okabe and Ito (2008); each method also has its own marker.
 """
@@ -35,12 +35,12 @@ def against_epsilon(record: ComparisonRecord) -> bytes:
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(10.2, 3.3), layout="constrained", dpi=110)
         row = canvas.subplots(1, len(PANELS))
-        for axes, measure in zip(row, PANELS, strict=True):
-            _panel(axes, record, measure, None)
-            known = record.reference.metric(measure)
+        for axes, metric in zip(row, PANELS, strict=True):
+            _panel(axes, record, metric, None)
+            known = record.reference.metric(metric)
             if isinstance(known, Interval):
                 axes.axhline(known.estimate, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-            axes.set_title(TITLES[measure], loc="left", fontsize=9)
+            axes.set_title(TITLES[metric], loc="left", fontsize=9)
         row[0].set_ylim(bottom=0)
         row[1].set_ylim(0, 1)
         handles, labels = row[0].get_legend_handles_labels()
@@ -48,16 +48,16 @@ def against_epsilon(record: ComparisonRecord) -> bytes:
         return png_on_white(canvas)
 
 
-def by_group(record: ComparisonRecord, measure: str = "kernel") -> bytes:
-    """One measure against epsilon, one panel per tone group from light to dark; PNG."""
+def by_group(record: ComparisonRecord, metric: str = "kernel") -> bytes:
+    """One metric against epsilon, one panel per tone group from light to dark; PNG."""
     groups = TONE_GROUPS
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(2.15 * len(groups), 2.9), layout="constrained", dpi=110)
         row = canvas.subplots(1, len(groups), sharey=True, squeeze=False)[0]
         for axes, group in zip(row, groups, strict=True):
-            _panel(axes, record, measure, group)
+            _panel(axes, record, metric, group)
             axes.set_title(group, loc="left", fontsize=9)
-        row[0].set_ylabel(TITLES[measure])
+        row[0].set_ylabel(TITLES[metric])
         handles, labels = row[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
         return png_on_white(canvas)
@@ -65,16 +65,16 @@ def by_group(record: ComparisonRecord, measure: str = "kernel") -> bytes:
 
 def tone_histograms(record: ComparisonRecord) -> bytes:
     """Monk tone of samples at every epsilon, one panel per method, and the devices' own distribution; PNG."""
-    ways, levels = record.ways(), record.levels()
+    methods, levels = record.methods(), record.levels()
     true = np.array(record.reference.tones.counts) / record.reference.tones.count
     steps = np.arange(1, 11)
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(max(6.2, 2.7 * len(ways)), 2.9), layout="constrained", dpi=110)
-        row = canvas.subplots(1, len(ways), sharey=True, squeeze=False)[0]
-        for axes, way in zip(row, ways, strict=True):
+        canvas = Canvas(figsize=(max(6.2, 2.7 * len(methods)), 2.9), layout="constrained", dpi=110)
+        row = canvas.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+        for axes, method in zip(row, methods, strict=True):
             axes.bar(steps, 100 * true, color=FAINT, width=0.9, label="devices' faces")
             for index, level in enumerate(levels):
-                runs = record.chosen(way, level)
+                runs = record.chosen(method, level)
                 if not runs:
                     continue
                 counts = np.sum([run.model.tones.counts for run in runs], axis=0)
@@ -84,7 +84,7 @@ def tone_histograms(record: ComparisonRecord) -> bytes:
                     steps, 100 * counts / max(1, counts.sum()), color=shade, linewidth=1.6, linestyle=dash,
                     label=f"epsilon {level}",
                 )  # fmt: skip
-            axes.set_title(way, loc="left", fontsize=9)
+            axes.set_title(method, loc="left", fontsize=9)
             axes.set_xlabel("Monk tone, light to dark")
             axes.set_xticks([1, 4, 7, 10])
         row[0].set_ylabel("share of faces, %")
@@ -104,19 +104,19 @@ def samples(rows: Mapping[str, Images], truth: Images) -> bytes:
     return face_grid(grid, [str(i + 1) for i in range(len(truth))], side=64)
 
 
-def _panel(axes: Axes, record: ComparisonRecord, measure: str, group: str | None) -> None:
+def _panel(axes: Axes, record: ComparisonRecord, metric: str, group: str | None) -> None:
     levels = record.levels()
-    for index, way in enumerate(record.ways()):
+    for index, method in enumerate(record.methods()):
         places, estimates, below, above = [], [], [], []
         for place, level in enumerate(levels):
-            found = record.over_seeds(way, level, measure, group)
-            if record.chosen(way, level) and isinstance(found, Interval):
-                places.append(place + 0.07 * (index - (len(record.ways()) - 1) / 2))
+            found = record.over_seeds(method, level, metric, group)
+            if record.chosen(method, level) and isinstance(found, Interval):
+                places.append(place + 0.07 * (index - (len(record.methods()) - 1) / 2))
                 estimates.append(found.estimate)
                 below.append(max(0.0, found.estimate - found.low))
                 above.append(max(0.0, found.high - found.estimate))
         axes.errorbar(
-            places, estimates, yerr=[below, above], label=way, color=COLOURS[index % len(COLOURS)],
+            places, estimates, yerr=[below, above], label=method, color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.4, elinewidth=1.0, capsize=2,
         )  # fmt: skip
     axes.set_xticks(range(len(levels)), [_name(level) for level in levels])

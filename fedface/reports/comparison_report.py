@@ -92,7 +92,7 @@ class ComparisonRecord:
     reference: ModelQuality  # of a second set of faces like the devices', as from a perfect generator
     runs: tuple[ComparedRun, ...]
 
-    def ways(self) -> tuple[str, ...]:
+    def methods(self) -> tuple[str, ...]:
         """The methods in the order in which they were run."""
         return tuple(dict.fromkeys(run.method for run in self.runs))
 
@@ -100,13 +100,13 @@ class ComparisonRecord:
         """ "0" first, then ascending, "∞" last."""
         return tuple(sorted({run.level for run in self.runs}, key=_level))
 
-    def chosen(self, way: str, level: str) -> tuple[ComparedRun, ...]:
+    def chosen(self, method: str, level: str) -> tuple[ComparedRun, ...]:
         """The runs of one method at one level, one per seed."""
-        return tuple(run for run in self.runs if (run.method, run.level) == (way, level))
+        return tuple(run for run in self.runs if (run.method, run.level) == (method, level))
 
-    def over_seeds(self, way: str, level: str, measure: str, group: str | None = None) -> Measurement:
+    def over_seeds(self, method: str, level: str, metric: str, group: str | None = None) -> Measurement:
         """One metric of one method at one level, over its seeds; see `over_seeds`."""
-        return over_seeds([run.model.metric(measure, group) for run in self.chosen(way, level)])
+        return over_seeds([run.model.metric(metric, group) for run in self.chosen(method, level)])
 
 
 def _level(level: str) -> float:
@@ -172,27 +172,27 @@ def markdown(record: ComparisonRecord) -> str:
         "seconds",
     ]
     lines += [_row(heads), _row(["---"] * len(heads))]
-    for way in record.ways():
+    for method in record.methods():
         for level in record.levels():
-            runs = record.chosen(way, level)
+            runs = record.chosen(method, level)
             if not runs:
                 continue
-            metrics = [table_cell(record.over_seeds(way, level, measure)) for measure in METRICS]
+            metrics = [table_cell(record.over_seeds(method, level, metric)) for metric in METRICS]
             seconds = f"{np.mean([run.seconds for run in runs]):.0f}"
             sigma = f"{runs[0].noise_multiplier:.3g}" if runs[0].noise_multiplier else "-"
             up = f"{runs[0].numbers_up:,}" if level != UNTRAINED else "-"
-            lines.append(_row([way, level, sigma, up, str(len(runs)), *metrics, seconds]))
+            lines.append(_row([method, level, sigma, up, str(len(runs)), *metrics, seconds]))
     lines += ["", "## By tone group", ""]
-    for measure in BY_GROUP:
-        lines += [f"### {TITLES[measure]}", "", _row(["method", "epsilon", *TONE_GROUPS])]
+    for metric in BY_GROUP:
+        lines += [f"### {TITLES[metric]}", "", _row(["method", "epsilon", *TONE_GROUPS])]
         lines.append(_row(["---"] * (2 + len(TONE_GROUPS))))
-        for way in record.ways():
+        for method in record.methods():
             for level in record.levels():
-                if record.chosen(way, level):
+                if record.chosen(method, level):
                     cells = [
-                        table_cell(record.over_seeds(way, level, measure, group)) for group in TONE_GROUPS
+                        table_cell(record.over_seeds(method, level, metric, group)) for group in TONE_GROUPS
                     ]
-                    lines.append(_row([way, level, *cells]))
+                    lines.append(_row([method, level, *cells]))
         lines.append("")
     return "\n".join(lines) + "\n"
 

@@ -29,7 +29,7 @@ from fedface.privacy.spending import (
     spending_curve,
     spent_against,
 )
-from fedface.privacy_units import unit_in_words
+from fedface.privacy_units import describe_unit
 from fedface.reports import device_log_text
 from fedface.reports.device_log_text import moment
 
@@ -98,7 +98,7 @@ class BudgetStatus:
         """The budget's delta and unit."""
         return f"at delta {number_format.format_delta(self.budget.delta)} per {self.budget.unit}"
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Spent, allowed and remaining epsilon, in two sentences."""
         return (
             f"Spent {'so far' if self.budget.days is None else f'in the last {self.budget.days:g} days'}: "
@@ -239,7 +239,7 @@ def render(log: DeviceLog) -> str:
         unbounded=math.inf,
         charts=[_chart(log.history, budget, log.now) for budget in log.budgets] if log.history else [],
         days=[each.when()[0] for each in log.records if isinstance(each.record, Transmission)],
-        unit=unit_in_words(life.spent.unit),
+        unit=describe_unit(life.spent.unit),
         sure=number_format.percent(1 / (1 + math.exp(-life.spent.upper))),
         one_in=number_format.one_in(life.spent.delta),
         kinds=device_log_text.kinds(log.transmissions),

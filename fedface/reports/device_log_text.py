@@ -52,7 +52,7 @@ def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
     }
     return [
         *(words for what, words in texts.items() if what in there),
-        *([f"the name “{device}”, with every answer"] if sent else []),
+        *([f"the name “{device}”, with every reply"] if sent else []),
     ]
 
 

@@ -22,8 +22,8 @@ class DeviceMetricsRecord:
     when: str  # "before", "after", or a candidate's name
     weights_hash: str
     method: str  # title of the upsampling method
-    answered: tuple[str, ...]  # names of the devices in the sum; empty if they are not stored
-    refusals: tuple[str, ...]  # reasons of the devices that did not answer, without names
+    participants: tuple[str, ...]  # names of the devices in the sum; empty if they are not stored
+    refusals: tuple[str, ...]  # reasons of the devices that did not take part, without names
     epsilon: Epsilon | NotMeasured  # privacy loss of this evaluation for one unit
     noise_multiplier: float
     estimates: DPMetricEstimates
@@ -31,7 +31,7 @@ class DeviceMetricsRecord:
     def without(self, name: str) -> DeviceMetricsRecord:
         """The same with a withdrawn device's name removed."""
         return replace(
-            self, answered=tuple(WITHDRAWN if device == name else device for device in self.answered)
+            self, participants=tuple(WITHDRAWN if device == name else device for device in self.participants)
         )
 
 
@@ -40,8 +40,8 @@ class WithdrawalRecord:
     """A device that withdrew from the run, without its name: what was deleted, and what cannot be undone."""
 
     rounds: tuple[int, ...]  # that it took part in
-    evaluations: int  # sets of metrics that it answered
-    epsilon: Epsilon | NotMeasured  # privacy loss of all its answers for one unit
+    evaluations: int  # sets of metrics that it sent
+    epsilon: Epsilon | NotMeasured  # privacy loss of all its replies for one unit
 
     def sentence(self) -> str:
         match self.epsilon:
@@ -68,8 +68,8 @@ class WithdrawalRecord:
             )
         if self.evaluations:
             sets = number_format.counted(self.evaluations, "set")
-            permanent.append(f"its answers to {sets} of metrics are part of the metrics in this report")
+            permanent.append(f"its {sets} of metrics are part of the metrics in this report")
         return (
-            "One device withdrew from the run. Its individual answers were deleted and its name was removed from the "
+            "One device withdrew from the run. Its individual replies were deleted and its name was removed from the "
             f"run's files. What cannot be undone: {'; '.join(permanent)}; {bound}."
         )

@@ -74,7 +74,7 @@ def _series(record: DeviceMetricsRecord, groups: Sequence[str], metric: str) -> 
 
 def rows(records: Sequence[DeviceMetricsRecord]) -> list[dict[str, object]]:
     """Rows of a table: for each group and model, how many units and each metric with its interval."""
-    absent = NotMeasured(not_measured="not asked")
+    absent = NotMeasured(not_measured="not evaluated")
     table: list[dict[str, object]] = []
     for name in group_names(records):
         lines = []
@@ -183,5 +183,5 @@ def cost_sentence(record: DeviceMetricsRecord) -> str:
 
 
 def cost(record: DeviceMetricsRecord) -> str:
-    """How many devices answered, and the privacy loss of one unit."""
-    return f"{number_format.counted(record.estimates.devices, 'device')} answered, at {record.epsilon}"
+    """How many devices responded, and the privacy loss of one unit."""
+    return f"{number_format.counted(record.estimates.devices, 'device')} responded, at {record.epsilon}"

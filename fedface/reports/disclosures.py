@@ -11,7 +11,7 @@ def withdrawal_notes(record: RunRecord) -> list[str]:
     """What happens when a device withdraws, and what cannot be undone; stated whether or not a device has withdrawn."""
     withdrawing = (
         "The owner of a device can withdraw at any time (fedface device withdraw): the device is not asked again, its "
-        "individual answers are deleted, and its name is removed from the run's files."
+        "individual replies are deleted, and its name is removed from the run's files."
     )
     match record.plan.privacy:
         case PrivacyTarget(unit=unit) if record.plan.dp_parameters.noise_at == "server":
@@ -24,7 +24,7 @@ def withdrawal_notes(record: RunRecord) -> list[str]:
         case _:
             bound = "without a privacy guarantee, nothing bounds what they reveal"
     permanent = (
-        "What cannot be undone: its earlier answers were summed with those of other devices and are part of the "
+        "What cannot be undone: its earlier replies were summed with those of other devices and are part of the "
         f"weights and metrics since then, and of every copy of them; {bound}."
     )
     withdrawals = [left.sentence() for left in record.withdrawals]

@@ -31,12 +31,10 @@ def headline_numbers(record: RunRecord) -> list[dict[str, str]]:
         shown.append(
             {"value": f"{was} → {now}", "text": f"gap between groups, {title}; {formatting.intervals(*gaps)}"}
         )
-    answered = sum(len(entry.answered) for entry in record.rounds)
-    if answered:
+    updates = sum(len(entry.participants) for entry in record.rounds)
+    if updates:
         sent = sum(entry.bytes_up for entry in record.rounds)
-        shown.append(
-            {"value": number_format.size(sent / answered), "text": "sent by one device in one round"}
-        )
+        shown.append({"value": number_format.size(sent / updates), "text": "sent by one device in one round"})
     attacks = disclosures.applicable_attacks(record)
     if isinstance(record.plan.privacy, NoPrivacy):  # a defense that the run did not use has no place here
         attacks = tuple(attack for attack in attacks if isinstance(attack.scores.defense, NoDefense))

@@ -24,7 +24,7 @@ from fedface.audits.gradient_inversion import NOT_TESTED, THREAT_MODEL
 from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.privacy.accounting import ADJACENCY
 from fedface.privacy.privacy_target import PrivacyTarget
-from fedface.privacy_units import PLURALS, unit_in_words
+from fedface.privacy_units import PLURALS, describe_unit
 from fedface.reports import (
     charts,
     device_metrics_section,
@@ -91,7 +91,7 @@ def render(record: RunRecord, folder: Path) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         record=record,
-        answer=headline_summary.headline_summary(record),
+        summary=headline_summary.headline_summary(record),
         when=_when(record),
         tiles=headline_numbers(record),
         plan=record.plan,
@@ -99,7 +99,7 @@ def render(record: RunRecord, folder: Path) -> str:
         is_private=isinstance(record.plan.privacy, PrivacyTarget),
         guarantee=formatting.privacy_guarantee(record.plan),
         adjacency=formatting.adjacency(record.plan.dp_parameters.unit),
-        covers=unit_in_words(record.plan.dp_parameters.unit),
+        covers=describe_unit(record.plan.dp_parameters.unit),
         meaning=_meaning(record),
         spent=str(formatting.spent(record)),
         turnout=_turnout(record),
@@ -178,14 +178,14 @@ def _turnout(record: RunRecord) -> list[dict[str, str]]:
     total = len(record.rounds)
     rows = []
     for device in record.devices:
-        answered = sum(device.id in entry.answered for entry in record.rounds)
+        rounds = sum(device.id in entry.participants for entry in record.rounds)
         match device.photos:
             case int():
                 photos = f"{device.photos:,}"
             case NotMeasured(not_measured=reason):
                 photos = f"not known: {reason}"
-        rounds = f"{answered} of {total}"
-        rows.append({"id": device.id, "text": device.description, "photos": photos, "rounds": rounds})
+        turnout = f"{rounds} of {total}"
+        rows.append({"id": device.id, "text": device.description, "photos": photos, "rounds": turnout})
     return rows
 
 
@@ -207,7 +207,7 @@ def _span(rounds: Sequence[int]) -> str:
 
 
 def _curves(record: RunRecord) -> list[dict[str, Markup | str]]:
-    missing = NotMeasured(not_measured="not asked for")
+    missing = NotMeasured(not_measured="not requested")
     names = list(dict.fromkeys([*record.metrics_before, *(n for r in record.rounds for n in r.metrics)]))
     panels: list[dict[str, Markup | str]] = []
     for index, name in enumerate(names):

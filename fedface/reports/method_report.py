@@ -110,11 +110,11 @@ def markdown(record: BenchmarkRecord) -> str:
         shares = (each.darker_true, each.darker_generated, each.bias.report.darker_change)
         lines.append(f"| {each.title} | {' | '.join(str(share) for share in shares)} |")
     groups = list(record.methods[0].bias.report.counts)
-    for measure in BY_GROUP:
-        lines += ["", f"## By group: {formatting.with_unit(formatting.title_of(measure), measure)}", ""]
+    for metric in BY_GROUP:
+        lines += ["", f"## By group: {formatting.with_unit(formatting.title_of(metric), metric)}", ""]
         lines += [f"| method | {' | '.join(groups)} |", "|" + "---|" * (len(groups) + 1)]
         for each in record.methods:
-            found = _by_group(each, measure)
+            found = _by_group(each, metric)
             lines.append(f"| {each.title} | {' | '.join(str(found[name]) for name in groups)} |")
     lines += ["", "## In words", ""]
     for each in record.methods:
@@ -130,9 +130,9 @@ def by_group(record: BenchmarkRecord) -> bytes:
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(11.0, 3.4), layout="constrained", dpi=110)
         row = canvas.subplots(1, len(BY_GROUP))
-        for axes, measure in zip(row, BY_GROUP, strict=True):
+        for axes, metric in zip(row, BY_GROUP, strict=True):
             for index, each in enumerate(record.methods):
-                found = _by_group(each, measure)
+                found = _by_group(each, metric)
                 metrics = [(i, found[name]) for i, name in enumerate(groups)]
                 points = [(i, metric) for i, metric in metrics if isinstance(metric, Interval)]
                 if not points:
@@ -144,10 +144,10 @@ def by_group(record: BenchmarkRecord) -> bytes:
                     at, middle, yerr=ends, label=each.title, color=COLOURS[index % len(COLOURS)],
                     marker=MARKERS[index % len(MARKERS)], markersize=4, linewidth=0, elinewidth=1.0, capsize=0,
                 )  # fmt: skip
-            if measure == "lightness_shift":
+            if metric == "lightness_shift":
                 axes.axhline(0.0, color=INK, linewidth=0.8)
             axes.set_xticks(range(len(groups)), [name.replace(" ", "\n", 1) for name in groups])
-            title = formatting.with_unit(formatting.title_of(measure), measure)
+            title = formatting.with_unit(formatting.title_of(metric), metric)
             axes.set_title("\n".join(textwrap.wrap(title, 44)), loc="left", fontsize=9)
             axes.grid(axis="x", visible=False)
         handles, labels = row[0].get_legend_handles_labels()
@@ -155,11 +155,11 @@ def by_group(record: BenchmarkRecord) -> bytes:
         return png_on_white(canvas)
 
 
-def _by_group(each: MethodMetrics, measure: str) -> dict[str, Measurement]:
+def _by_group(each: MethodMetrics, metric: str) -> dict[str, Measurement]:
     """One metric of every group; not measured for groups of fewer than two faces."""
     absent = NotMeasured(not_measured="fewer than two faces of this group")
     report = each.bias.report
-    return {name: report.groups[name][measure] if name in report.groups else absent for name in report.counts}
+    return {name: report.groups[name][metric] if name in report.groups else absent for name in report.counts}
 
 
 def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:

@@ -18,7 +18,7 @@ from fedface.audits.gradient_inversion import NOT_TESTED, THREAT_MODEL
 from fedface.measurements import NotMeasured
 from fedface.privacy.accounting import ADJACENCY
 from fedface.privacy.privacy_target import PrivacyTarget
-from fedface.privacy_units import unit_in_words
+from fedface.privacy_units import describe_unit
 from fedface.reports import device_metrics_section, disclosures, formatting, headline_summary
 from fedface.reports.run_record import BiasRecord, RunRecord
 
@@ -92,10 +92,10 @@ def _use(record: RunRecord) -> list[str]:
 
 def _training(record: RunRecord) -> list[str]:
     rounds = len(record.rounds)
-    answers = sum(len(entry.answered) for entry in record.rounds)
+    updates = sum(len(entry.participants) for entry in record.rounds)
     refused = sum(len(entry.refusals) for entry in record.rounds)
     dropped = sum(len(entry.dropped) for entry in record.rounds)
-    counts = f"{number_format.counted(answers, 'answer')}, {number_format.counted(refused, 'refusal')}"
+    counts = f"{number_format.counted(updates, 'update')}, {number_format.counted(refused, 'refusal')}"
     replies = f"{counts}, {dropped} dropped"
     size = f"{number_format.counted(len(record.devices), 'device')}, {number_format.counted(rounds, 'round')}"
     lines = ["## Training", "", f"{size}: {replies}.", ""]
@@ -137,7 +137,7 @@ def _privacy(record: RunRecord) -> list[str]:
     return [
         *lines,
         "",
-        f"- Unit: {plain(unit_in_words(dp.unit))}",
+        f"- Unit: {plain(describe_unit(dp.unit))}",
         f"- Planned: {plain(str(record.planned_epsilon))}",
         f"- Spent: {plain(str(formatting.spent(record)))}",
         *mechanism,

@@ -19,7 +19,7 @@ from fedface.audits.dp_model_ranking import Ranking
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import dumps
 from fedface.measurements import Epsilon
-from fedface.privacy_units import unit_in_words
+from fedface.privacy_units import describe_unit
 from fedface.reports import device_metrics_section
 from fedface.reports.charts import STYLE
 from fedface.reports.comparison_charts import COLOURS, MARKERS, png_on_white
@@ -45,17 +45,17 @@ class RankingReport:
     experiment: dict[str, Any]
     candidates: tuple[DeviceMetricsRecord, ...]  # `when` is the candidate's name
     rankings: tuple[Ranking, ...]
-    epsilon: Epsilon  # privacy loss of all answers of a device together
+    epsilon: Epsilon  # privacy loss of all evaluations by a device together
     notes: tuple[str, ...]
 
     def privacy_sentence(self) -> str:
-        """The privacy loss of all answers of a device together, and what a unit is."""
+        """The privacy loss of all evaluations by a device together, and what a unit is."""
         count = len(self.candidates)
-        answers = "both answers" if count == 2 else f"all {count} answers"
-        subject = f"{answers[0].upper()}{answers[1:]} of a device together"
+        evaluations = "both evaluations" if count == 2 else f"all {count} evaluations"
+        subject = f"{evaluations[0].upper()}{evaluations[1:]} by a device together"
         if self.epsilon.unit == "library":
-            subject = f"What the trusted server publishes of {answers} of a device together"
-        return f"{subject}: {self.epsilon}. The unit is {unit_in_words(self.epsilon.unit)}."
+            subject = f"What the trusted server publishes of {evaluations} by a device together"
+        return f"{subject}: {self.epsilon}. The unit is {describe_unit(self.epsilon.unit)}."
 
     def undecided(self) -> bool:
         """Whether no two models can be distinguished by any metric."""
@@ -71,7 +71,7 @@ class RankingReport:
             if not ranking.all_tied:
                 verdicts.append(" ".join(ranking.sentences()))
                 continue
-            title = device_metrics_section.title(ranking.measure)
+            title = device_metrics_section.title(ranking.metric)
             verdicts.append(
                 f"By {title}, {ranking.scope()}, no two of the {count} models can be distinguished."
             )

@@ -82,7 +82,7 @@ class RoundRecord:
     """One round: participants, traffic, privacy loss, and the metrics afterwards."""
 
     round: int  # from 1
-    answered: tuple[str, ...]
+    participants: tuple[str, ...]
     refusals: tuple[RefusalRecord, ...]
     dropped: tuple[RefusalRecord, ...]
     epsilon: Epsilon | NotMeasured  # spent up to and including this round
@@ -103,7 +103,7 @@ class RoundRecord:
         """The same round without the name of a device that withdrew."""
         return replace(
             self,
-            answered=tuple(WITHDRAWN if device == name else device for device in self.answered),
+            participants=tuple(WITHDRAWN if device == name else device for device in self.participants),
             refusals=tuple(replace(r, device=WITHDRAWN) if r.device == name else r for r in self.refusals),
             dropped=tuple(replace(r, device=WITHDRAWN) if r.device == name else r for r in self.dropped),
         )

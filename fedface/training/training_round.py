@@ -72,8 +72,8 @@ class TrainingRound(Protocol):
         """The model after this round. Post-processing (Dwork and Roth 2014, Proposition 2.1): no privacy cost.
 
         Args:
-            total: The sum of `update` over the devices that answered, shape (d,).
-            devices: How many answered, >= 1.
+            total: The sum of `update` over the devices in it, shape (d,).
+            devices: How many are in it, >= 1.
             rng: Replayable draws for the mean style.
         """
 

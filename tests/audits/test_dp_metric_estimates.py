@@ -276,7 +276,7 @@ def test_rankings_without_metrics_are_refused() -> None:
     full, empty = read(total_of(even())), read(torch.zeros(CONFIG.width))
     with pytest.raises(ValueError, match="two models, got 1"):
         rank_overall({"one": full}, "consistency_error")
-    with pytest.raises(ValueError, match="measure must be one of consistency_error"):
+    with pytest.raises(ValueError, match="metric must be one of consistency_error"):
         rank_overall({"one": full, "two": full}, "beauty")
     with pytest.raises(FederationError, match="too few units for a metric of two"):
         rank_overall({"one": full, "two": empty}, "consistency_error")

@@ -48,9 +48,9 @@ def finished(home: Path) -> ComparisonRecord:
 
 
 def test_each_method_is_run_at_each_level_and_untrained(finished: ComparisonRecord) -> None:
-    assert finished.ways() == ("full", "flow") and finished.levels() == (UNTRAINED, "8", NO_DP_LABEL)
+    assert finished.methods() == ("full", "flow") and finished.levels() == (UNTRAINED, "8", NO_DP_LABEL)
     assert all(
-        len(finished.chosen(way, level)) == 1 for way in finished.ways() for level in finished.levels()
+        len(finished.chosen(way, level)) == 1 for way in finished.methods() for level in finished.levels()
     )
 
 
@@ -65,7 +65,7 @@ def test_epsilon_is_recorded_or_the_reason_why_there_is_none(finished: Compariso
 
 
 def test_training_changes_the_weights_and_untrained_models_are_unchanged(finished: ComparisonRecord) -> None:
-    for way in finished.ways():
+    for way in finished.methods():
         hashes = {finished.chosen(way, level)[0].model.weights_hash for level in finished.levels()}
         assert len(hashes) == 3
 

@@ -90,7 +90,7 @@ def test_an_interrupted_ranking_requests_only_what_is_missing(recipe: Experiment
         first.asked[0].model,
         second.asked[0].model,
     }
-    for name in ("ranking.json", "ranking.md", "ranking.png", "answers.json"):
+    for name in ("ranking.json", "ranking.md", "ranking.png", "metrics.json"):
         assert (folder / name).stat().st_size > 0
     assert loads(RankingReport, (folder / "ranking.json").read_text()) == record
     for number in range(2):

@@ -123,7 +123,7 @@ def test_a_round_applies_the_mean_of_the_updates(tmp_path: Path, server_lr: floa
     required = start + server_lr * torch.stack(updates).mean(0) * ranges_of(cohort.experiment)
     assert torch.allclose(weights_after(cohort.folder, 1), required, atol=1e-6)
     assert not torch.allclose(required, start, atol=1e-4)
-    assert state.rounds[0].answered == ("device-00", "device-01", "device-02")
+    assert state.rounds[0].participants == ("device-00", "device-01", "device-02")
     assert state.rounds[0].weights_hash == weights_hash(*load_model(weights_path(cohort.folder, 1)).modules())
 
 
@@ -169,7 +169,7 @@ def spoilt(kind: str, reply: TrainResult) -> Reply | Failure:
         ("sum", "device-01", "got 2 of round"),
         ("gone", "device 1", "no answer within"),
         ("refuses", "device-01", "not today"),
-        ("opened", "device 1", "answered another question"),
+        ("opened", "device 1", "replied to another task"),
     ],
 )
 def test_a_faulty_device_is_named_and_the_round_continues_without_it(
@@ -182,7 +182,7 @@ def test_a_faulty_device_is_named_and_the_round_continues_without_it(
 
     cohort = cohort_of(tmp_path, THREE, tamper)
     (record,) = rounds(cohort.experiment, cohort).rounds
-    assert record.answered == ("device-00", "device-02")
+    assert record.participants == ("device-00", "device-02")
     away = record.refusals if kind == "refuses" else record.dropped
     assert len(record.refusals) + len(record.dropped) == 1
     assert away[0].device == named and words in away[0].reason
@@ -206,7 +206,7 @@ def test_too_few_replies_apply_nothing_and_the_run_can_be_resumed(tmp_path: Path
     lost = dict(cohort.replies)
     cohort.tamper = honest
     (record,) = rounds(cohort.experiment, cohort).rounds
-    assert record.answered == ("device-00", "device-01")
+    assert record.participants == ("device-00", "device-01")
     assert {
         key: reply.payload for key, reply in cohort.replies.items() if isinstance(reply, TrainResult)
     } == {key: reply.payload for key, reply in lost.items() if isinstance(reply, TrainResult)}
@@ -267,7 +267,7 @@ def test_plain_and_encrypted_sums_give_the_same_model_up_to_half_a_step(tmp_path
         ends[kind] = weights_after(cohort.folder, 1)
         expected = [("TrainTask", 1, (0, 1))] + ([("DecryptTask", 1, (0,))] if kind == "homomorphic" else [])
         assert cohort.asked == expected
-        assert record.answered == ("device-00", "device-01")
+        assert record.participants == ("device-00", "device-01")
     ranges = ranges_of(cohort.experiment)
     rounding = torch.finfo(torch.float32).eps * ends["plain"].abs()
     apart = (ends["plain"] - ends["homomorphic"]).abs()
@@ -279,7 +279,7 @@ def test_more_devices_than_the_experiment_states_get_no_task(tmp_path: Path) -> 
     """A sum has no headroom for them: the first to connect take part, and the round succeeds."""
     cohort = cohort_of(tmp_path, {}, more=3)
     (record,) = rounds(cohort.experiment, cohort).rounds
-    assert cohort.asked == [("TrainTask", 1, (0, 1))] and len(record.answered) == 2
+    assert cohort.asked == [("TrainTask", 1, (0, 1))] and len(record.participants) == 2
 
 
 def test_a_device_with_another_key_is_named_and_the_round_continues(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_device_with_another_key_is_named_and_the_round_continues(tmp_path: Pa
 
     cohort.tamper = tamper
     (record,) = rounds(experiment, cohort).rounds
-    assert record.answered == ("device-01", "device-02")
+    assert record.participants == ("device-01", "device-02")
     assert record.dropped[0].device == "device-00" and "another key" in record.dropped[0].reason
 
 

@@ -396,7 +396,7 @@ def test_a_device_that_withdraws_gets_no_tasks_and_its_name_is_deleted(tmp_path:
 
     cohort = in_process_cohort(experiment, devices_folder(folder))
     ended = run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, Watcher())
-    assert [record.answered for record in ended.rounds] == [
+    assert [record.participants for record in ended.rounds] == [
         (WITHDRAWN, "device-01"),
         ("device-01",),
         ("device-01",),
@@ -437,7 +437,7 @@ def test_withdrawing_after_an_evaluation_reports_its_cost_without_the_name(tmp_p
     assert terms is not None
     assert isinstance(left.epsilon, Epsilon)
     assert left.epsilon.upper == approx(epsilon_of(terms.event(1), 1e-2).upper)
-    assert [metrics.answered for metrics in record.device_metrics] == [
+    assert [metrics.participants for metrics in record.device_metrics] == [
         (WITHDRAWN, "device-01"),
         ("device-01",),
     ]
@@ -463,4 +463,4 @@ def test_a_withdrawn_name_is_deleted_even_if_the_round_fails(tmp_path: Path) -> 
         run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, Watcher())
     stored = RunState.read(folder)
     assert "device-00" not in (folder / "state.json").read_text()
-    assert stored.rounds[0].answered == (WITHDRAWN, "device-01") and stored.withdrawals[0].rounds == (1,)
+    assert stored.rounds[0].participants == (WITHDRAWN, "device-01") and stored.withdrawals[0].rounds == (1,)

@@ -74,12 +74,12 @@ class Silent:
         """Nothing."""
 
 
-def painters(degradation: Degradation = SETTINGS.degradation) -> MethodRunner:
+def runner(degradation: Degradation = SETTINGS.degradation) -> MethodRunner:
     """PULSE, an encoder and nearest at 16 px."""
     return MethodRunner(METHODS, degradation, size=16, seed=0)
 
 
-def subject(side: int, *, people: int = 0) -> FaceCrop:
+def face_crop(side: int, *, people: int = 0) -> FaceCrop:
     """A face of random pixels."""
     pixels = (torch.rand(side, side, 3, generator=STREAMS.generator("pixels")) * 255).byte().numpy()
     return FaceCrop(crop=pixels, number=1, people=people, rotation=0, side=float(side))
@@ -87,14 +87,14 @@ def subject(side: int, *, people: int = 0) -> FaceCrop:
 
 def test_a_picture_of_the_input_size_is_the_input() -> None:
     """Four by four pixels of a picture that is already a face, factor 4, 16 px: nothing is downscaled."""
-    small = subject(4)
+    small = face_crop(4)
     shown = show(small, Area(4), size=16)
     expected = torch.from_numpy(small.crop).permute(2, 0, 1)[None].float() / 255
     assert torch.equal(shown.low, expected) and shown.truth.shape == (1, 3, 16, 16)
 
 
 def test_a_face_is_degraded_as_the_methods_assume() -> None:
-    face = subject(16, people=1)
+    face = face_crop(16, people=1)
     shown = show(face, Area(4), size=16)
     assert torch.allclose(shown.low, Area(4).apply(shown.truth))
     noisy = Chain((Area(4), Noise(0.1)))
@@ -103,13 +103,13 @@ def test_a_face_is_degraded_as_the_methods_assume() -> None:
 
 
 def test_every_method_reports_the_consistency_error_of_its_faces() -> None:
-    portrait = painters().run(show(subject(16, people=1), Area(4), size=16), faces=2)
-    assert [answer.upsampled.faces_per_photo for answer in portrait.answers] == [2, 1, 1]
-    for answer in portrait.answers:
-        again = squared_difference(Area(4).apply(answer.upsampled.images[0]), portrait.shown.low)
-        torch.testing.assert_close(answer.upsampled.consistency_error[0], again, atol=1e-6, rtol=1e-3)
-    assert "of 2 faces fit" in describe_output(portrait.answers[0])
-    assert describe_output(portrait.answers[2]).startswith(
+    content = runner().run(show(face_crop(16, people=1), Area(4), size=16), faces=2)
+    assert [output.upsampled.faces_per_photo for output in content.outputs] == [2, 1, 1]
+    for output in content.outputs:
+        again = squared_difference(Area(4).apply(output.upsampled.images[0]), content.shown.low)
+        torch.testing.assert_close(output.upsampled.consistency_error[0], again, atol=1e-6, rtol=1e-3)
+    assert "of 2 faces fit" in describe_output(content.outputs[0])
+    assert describe_output(content.outputs[2]).startswith(
         "nearest: one face, fits, smallest consistency error 0.00000"
     )
 
@@ -122,13 +122,13 @@ def test_the_standard_deviation_of_two_faces_is_half_their_distance() -> None:
 
 
 def test_the_sheet_is_a_picture_that_grows_with_methods_and_faces() -> None:
-    portrait = painters().run(show(subject(16, people=1), Area(4), size=16), faces=2)
+    content = runner().run(show(face_crop(16, people=1), Area(4), size=16), faces=2)
     tones = tone_histogram(torch.rand(20, 3, 16, 16, generator=STREAMS.generator("tones")))
     with_tones, without = (
-        read_photo_bytes(contact_sheet(portrait, reported)).pixels for reported in (tones, None)
+        read_photo_bytes(contact_sheet(content, reported)).pixels for reported in (tones, None)
     )
     assert with_tones.shape == without.shape and (with_tones != without).any()
-    more = painters().run(portrait.shown, faces=5)
+    more = runner().run(content.shown, faces=5)
     wider = read_photo_bytes(contact_sheet(more)).pixels
     assert wider.shape[1] > without.shape[1] and wider.shape[0] == without.shape[0]
 
@@ -137,8 +137,8 @@ def folder_of_photos(place: Path) -> Path:
     """Two small faces, one photo without a face, one broken file, and one that is not a picture."""
     photos = place / "photos"
     (photos / "deep").mkdir(parents=True)
-    write_png(photos / "a.png", subject(16).crop)
-    write_png(photos / "deep" / "a.png", subject(8).crop)
+    write_png(photos / "a.png", face_crop(16).crop)
+    write_png(photos / "deep" / "a.png", face_crop(8).crop)
     write_png(photos / "empty.png", np.full((90, 120, 3), 128, dtype=np.uint8))
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
     (photos / "notes.txt").write_text("no picture")
@@ -149,7 +149,7 @@ def work(photos: Path, sheets: SheetFolder) -> list[SheetRecord | SkippedPhoto]:
     """Process everything that is left."""
     left = sheets.left(images_in(photos)[0])
     found: list[SheetRecord | SkippedPhoto] = []
-    for path, result in run_pipeline(left, sheets.place, SETTINGS, painters(), blind, None, Silent()):
+    for path, result in run_pipeline(left, sheets.place, SETTINGS, runner(), blind, None, Silent()):
         sheets.store(path, result)
         found += [result] if isinstance(result, SkippedPhoto) else result
     return found
@@ -162,13 +162,13 @@ def test_a_folder_gives_a_sheet_for_every_face_and_a_reason_for_every_other_phot
     out = tmp_path / "out"
     found = work(photos, SheetFolder(out, photos, {"seed": 0}))
     generated = [result for result in found if isinstance(result, SheetRecord)]
-    left_out = {Path(r.photo).name: r.reason for r in found if isinstance(r, SkippedPhoto)}
+    skipped = {Path(r.photo).name: r.reason for r in found if isinstance(r, SkippedPhoto)}
     places = sorted(result.sheet.relative_to(out).as_posix() for result in generated)
     assert places == ["a.png.png", "deep/a.png.png"]
     assert all(has_mark(result.sheet, PICTURE_MARK) for result in generated)
-    assert set(left_out) == {"broken.jpg", "empty.png"} and "no face found" in left_out["empty.png"]
+    assert set(skipped) == {"broken.jpg", "empty.png"} and "no face found" in skipped["empty.png"]
     stored = json.loads((out / "faces.json").read_text())
-    assert len(stored["found"]) == 4 and stored["asked"]["seed"] == 0
+    assert len(stored["photos"]) == 4 and stored["settings"]["seed"] == 0
 
 
 def test_interrupted_work_continues(tmp_path: Path) -> None:
@@ -178,13 +178,13 @@ def test_interrupted_work_continues(tmp_path: Path) -> None:
     assert work(photos, SheetFolder(out, photos, {"seed": 0})) == []
     (out / "a.png.png").unlink()
     (photos / "broken.jpg").unlink()
-    write_png(photos / "empty.png", subject(8).crop)
+    write_png(photos / "empty.png", face_crop(8).crop)
     again = work(photos, SheetFolder(out, photos, {"seed": 0}))
     assert [Path(result.photo).name for result in again] == [
         "a.png",
         "empty.png",
     ]
-    assert set(json.loads((out / "faces.json").read_text())["found"]) == {"a.png", "deep/a.png", "empty.png"}
+    assert set(json.loads((out / "faces.json").read_text())["photos"]) == {"a.png", "deep/a.png", "empty.png"}
 
 
 def test_sheets_of_other_settings_are_never_mixed_and_photos_never_replaced(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_sheets_of_other_settings_are_never_mixed_and_photos_never_replaced(tmp_
     work(photos, SheetFolder(out, photos, {"seed": 0}))
     with pytest.raises(ConfigError, match="holds sheets of other photos or settings"):
         SheetFolder(out, photos, {"seed": 1})
-    for broken in ("{", '{"asked": {}, "found": {"a": {}}}', '{"asked": {}, "found": [1]}'):
+    for broken in ("{", '{"settings": {}, "photos": {"a": {}}}', '{"settings": {}, "photos": [1]}'):
         (out / "faces.json").write_text(broken)
         with pytest.raises(ConfigError, match=r"faces\.json: damaged"):
             SheetFolder(out, photos, {"seed": 0})
@@ -208,20 +208,20 @@ def test_sheets_of_other_settings_are_never_mixed_and_photos_never_replaced(tmp_
 def test_sheets_among_the_photos_are_not_read_as_photos(tmp_path: Path) -> None:
     photos = folder_of_photos(tmp_path)
     work(photos, SheetFolder(photos / "sheets", photos, {"seed": 0}))
-    pictures, left_out = images_in(photos)
-    assert len(pictures) == 4 and left_out["pictures made by fedface"] == 2
+    pictures, skipped = images_in(photos)
+    assert len(pictures) == 4 and skipped["pictures made by fedface"] == 2
 
 
 def test_a_folder_with_another_programs_faces_json_is_read(tmp_path: Path) -> None:
     photos = folder_of_photos(tmp_path)
     (photos / "deep" / "faces.json").write_text('{"from": "another program"}')
     (photos / "deep" / "@eaDir").mkdir()
-    write_png(photos / "deep" / "@eaDir" / "a.png", subject(8).crop)
-    pictures, left_out = images_in(photos)
+    write_png(photos / "deep" / "@eaDir" / "a.png", face_crop(8).crop)
+    pictures, skipped = images_in(photos)
     assert [path.relative_to(photos).as_posix() for path in pictures][-1] == "deep/a.png" and len(
         pictures
     ) == 4
-    assert left_out == {"folders of thumbnails or deleted photos": 1, "files that are no pictures": 2}
+    assert skipped == {"folders of thumbnails or deleted photos": 1, "files that are no pictures": 2}
 
 
 class FailsOnGrey:
@@ -243,7 +243,7 @@ def test_an_unusable_photo_is_skipped_and_the_others_are_processed(tmp_path: Pat
     (photos / "raw.CR3").write_bytes(b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(100))
     pictures, _ = images_in(photos)
     place = SheetFolder(tmp_path / "out", photos, {"seed": 0}).place
-    results = dict(run_pipeline(pictures, place, SETTINGS, painters(), FailsOnGrey, None, Silent()))
+    results = dict(run_pipeline(pictures, place, SETTINGS, runner(), FailsOnGrey, None, Silent()))
     reasons = {path.name: one.reason for path, one in results.items() if isinstance(one, SkippedPhoto)}
     assert len(results) == 6 and set(reasons) == {"0.png", "raw.CR3", "broken.jpg", "empty.png"}
     assert reasons["0.png"].startswith("only 40 x 1 pixels")

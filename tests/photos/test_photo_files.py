@@ -65,7 +65,7 @@ def test_thumbnails_of_nas_systems_are_left_out_and_counted(tmp_path: Path, name
         (place / "a.png").write_bytes(png_bytes(PIXELS + len(place.parts)))
     report = scan_library(root, detector=OneFace(), cache=tmp_path / "index.sqlite")
     assert (report.files, report.read) == (1, 1)
-    assert report.left_out == {"folders of thumbnails or deleted photos": 2}
+    assert report.skipped == {"folders of thumbnails or deleted photos": 2}
 
 
 def test_all_that_a_scan_passes_over_is_counted(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_all_that_a_scan_passes_over_is_counted(tmp_path: Path) -> None:
         report = scan_library(root, detector=OneFace(), cache=cache)
         found = summary(root, cache=cache)
         assert (found.photos, found.made_by_fedface, found.other) == (2, 1, 1)
-        assert report.left_out["hidden files and folders"] == report.left_out["links and special files"] == 1
+        assert report.skipped["hidden files and folders"] == report.skipped["links and special files"] == 1
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 40), (40, 1), (1, 1), (2, 3), (7, 2000), (1, 1000)])

@@ -171,7 +171,7 @@ def made_up_run(folder: Path) -> RunRecord:
     rounds = tuple(
         RoundRecord(
             round=number,
-            answered=answered[:-1] if number > 5 else answered,
+            participants=answered[:-1] if number > 5 else answered,
             refusals=(refusal,) if number > 5 else (),
             dropped=(silent,) if number == 2 else (),
             epsilon=epsilon_after(number),
@@ -290,7 +290,7 @@ def own_metrics(
         when=when,
         weights_hash=FINAL if when == "after" else BASE,
         method="PULSE",
-        answered=("device-1", "device-2", "device-3"),
+        participants=("device-1", "device-2", "device-3"),
         refusals=(),
         epsilon=Epsilon(lower=3.99, estimate=4.0, upper=4.0, delta=1e-4, unit="occasion"),
         noise_multiplier=noise,

@@ -25,7 +25,7 @@ def a_ranking(ties: bool) -> RankingReport:
     reply = own_metrics("pretrain", 1.0, (300, 5, 60))
     better, worse = around(0.001, 0.0001, 365), around(0.002, 0.0001, 365)
     ranking = Ranking(
-        measure="consistency_error",
+        metric="consistency_error",
         by="overall",
         order=("pretrain", "other"),
         costs={"pretrain": better, "other": worse},
@@ -96,7 +96,7 @@ def test_a_record_is_equal_after_a_json_round_trip() -> None:
 
 def test_a_ranking_states_the_privacy_loss_of_all_answers_together() -> None:
     found = a_ranking(ties=True)
-    assert found.privacy_sentence().startswith("Both answers of a device together: epsilon 6.000 ")
+    assert found.privacy_sentence().startswith("Both evaluations by a device together: epsilon 6.000 ")
     assert "forty photos of one birthday count once" in found.privacy_sentence()
     assert loads(RankingReport, dumps(found)) == found
 

@@ -80,7 +80,7 @@ def test_a_distance_fell_only_if_its_intervals_are_apart(
 def test_one_round_and_one_device_are_singular(record: RunRecord) -> None:
     small = replace(record, rounds=record.rounds[-1:], devices=record.devices[:1])
     assert any("in 1 round on 1 device" in text for text in headline_summary.headline_summary(small))
-    assert "1 device, 1 round: 7 answers, 1 refusal, 0 dropped" in model_card.render(small)
+    assert "1 device, 1 round: 7 updates, 1 refusal, 0 dropped" in model_card.render(small)
 
 
 def test_the_summary_names_the_group_served_worse_on_the_devices_photos(record: RunRecord) -> None:

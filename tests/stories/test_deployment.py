@@ -235,7 +235,7 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     assert report.exists(), (server.folder / "run.log").read_text()
     record = json.loads(report.read_text())
     names = sorted(device.folder.name for device in devices)
-    assert [sorted(each["answered"]) for each in record["rounds"]] == [names, names]
+    assert [sorted(each["participants"]) for each in record["rounds"]] == [names, names]
     assert record["rounds"][-1]["epsilon"]["upper"] <= 8
     assert record["base_hash"] != record["final_hash"]
     for device in devices:

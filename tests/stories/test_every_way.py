@@ -33,7 +33,7 @@ def test_a_run_of_each_method_ends_with_a_report(
     assert not end.value.code
     folder = tmp_path / "runs" / way
     record = run_record.read(folder)
-    assert record.rounds[0].answered == ("device-00", "device-01") and len(record.rounds) == 1
+    assert record.rounds[0].participants == ("device-00", "device-01") and len(record.rounds) == 1
     spent = record.rounds[0].epsilon
     assert isinstance(spent, Epsilon) and 7 < spent.upper <= 8
     for state in sorted(devices_folder(folder).iterdir()):

@@ -54,7 +54,7 @@ def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
 
     record = run_record.read(folder)
     assert record.name == "tiny" and record.question == "Does a small run end?"
-    assert [round.answered for round in record.rounds] == [("device-00", "device-01")] * 2
+    assert [round.participants for round in record.rounds] == [("device-00", "device-01")] * 2
     assert record.base_hash == weights_hash(*load_model(tmp_path / "base.safetensors").modules())
     assert record.final_hash == weights_hash(*load_model(folder / "rounds" / "002.safetensors").modules())
     assert record.final_hash == record.rounds[-1].weights_hash != record.base_hash

@@ -80,8 +80,8 @@ def test_the_budget_is_used_up_and_the_next_run_continues_without_the_device(
             run_rounds(recipe, recipe.plan(), cohort, RunState.read(folder), None, SilentProgress())
         )
     first, second = states
-    assert [len(record.answered) for record in first.rounds] == [2, 2]
-    assert [record.answered for record in second.rounds] == [("device-01",), ("device-01",)]
+    assert [len(record.participants) for record in first.rounds] == [2, 2]
+    assert [record.participants for record in second.rounds] == [("device-01",), ("device-01",)]
     reason = second.rounds[0].refusals[0].reason
     for words in ("asks for epsilon", "of 8 ", "already spent", "delta 0.001", "per photo"):
         assert words in reason

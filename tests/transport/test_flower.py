@@ -305,7 +305,7 @@ def test_both_apps_run_an_experiment_to_its_report(
     }
     server_app(InProcessGrid(clients_app, 2, config), context({}, config))
     record = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
-    assert record["rounds"][0]["answered"] == ["device-00", "device-01"]
+    assert record["rounds"][0]["participants"] == ["device-00", "device-01"]
     assert record["base_hash"] != record["final_hash"]
     assert (tmp_path / "runs" / "tiny" / "report.html").stat().st_size > 1000
 
