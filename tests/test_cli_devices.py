@@ -152,7 +152,7 @@ def test_verify_prints_counts_and_head_and_fails_on_damage(fedface, used: Path) 
     head = Ledger.open(path).read().head
     result = fedface("ledger", "verify", "device.yaml")
     assert result.code == 0
-    assert "ok, 8 records, 3 releases booked, 3 transmissions, " in result.out
+    assert "ok, 8 records, 3 releases recorded, 3 transmissions, " in result.out
     assert f"head {head}; it has no witness" in result.out
     found = json.loads(fedface("ledger", "verify", "state/ledger.sqlite", "--json").out)
     assert found == {
@@ -210,9 +210,9 @@ def test_the_log_is_printed_in_plain_words(fedface, used: Path) -> None:  # type
         "none: the same bytes as before, recorded as entry 1",
         "Metrics of how well a model serves these photos, for faces, evaluation 1",
         "Together: 19 bytes in 3 payloads.",
-        f"Allowed for life: 100; left: {100 - three.upper:.3f}.",
-        f"Allowed in any 30 days: 50; left: {50 - three.upper:.3f}.",
-        "Booked and not sent: entries 8.",
+        f"Allowed for life: 100; remaining: {100 - three.upper:.3f}.",
+        f"Allowed in any 30 days: 50; remaining: {50 - three.upper:.3f}.",
+        "Recorded and not sent: entries 8.",
     ):
         assert words in result.out
     assert "Not covered by these numbers:\n  - that this device took part" in result.out
@@ -224,7 +224,7 @@ def test_a_log_without_transmissions_states_it(fedface, home: Path) -> None:  # 
     result = fedface("device", "log", "device.yaml", "--page", "log.html")
     assert result.code == 0 and "Nothing was sent." in result.out
     assert "Not covered" not in result.out
-    assert "epsilon 0 at delta 0.001 per photo. Allowed for life: 100; left: 100.000." in result.out
+    assert "epsilon 0 at delta 0.001 per photo. Allowed for life: 100; remaining: 100.000." in result.out
     assert set(files_in(home)) - set(before) == {home / "log.html"}
     assert json.loads(fedface("device", "log", "device.yaml", "--json").out)["records"] == []
 
@@ -232,7 +232,7 @@ def test_a_log_without_transmissions_states_it(fedface, home: Path) -> None:  # 
 def test_a_log_can_be_of_one_run(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """An unknown name is an error that lists the known ones."""
     reported = json.loads(fedface("device", "log", "device.yaml", "--run", "others", "--json").out)
-    assert reported["records"] == [] and reported["booked_and_not_sent"] == [8] and reported["bytes"] == 0
+    assert reported["records"] == [] and reported["recorded_and_not_sent"] == [8] and reported["bytes"] == 0
     result = fedface("device", "log", "device.yaml", "--run", "fases").sentence
     assert result == "this device knows no run 'fases'; it knows faces, others"
 
@@ -254,7 +254,7 @@ def test_a_release_without_noise_is_reported_as_unbounded(fedface, used: Path) -
     assert "epsilon infinite at delta" in fedface("ledger", "show", "device.yaml").out
     result = fedface("device", "log", "device.yaml").out
     assert (
-        "epsilon infinite at delta 0.001 per photo (no privacy guarantee). Allowed for life: 100; left: 0."
+        "epsilon infinite at delta 0.001 per photo (no privacy guarantee). Allowed for life: 100; remaining: 0."
         in result
     )
 
@@ -267,7 +267,7 @@ def test_without_a_terminal_nothing_changes_without_yes(fedface, used: Path) -> 
         (["erase", "device.yaml"], "sum.key: the shared key"),
     ):
         result = fedface("device", *words)
-        assert result.code == 2 and "there is no terminal to ask on, so nothing was done" in result.err
+        assert result.code == 2 and "there is no terminal to confirm on, so nothing was done" in result.err
         assert plan in result.out
     assert files_in(used) == before
 
@@ -293,11 +293,11 @@ def test_withdrawing_prints_its_effects_and_what_cannot_be_undone(fedface, used:
         "The server is informed at its next request.",
         "updates of round 1 and metrics of evaluation 1",
         str(two),
-        "You have left faces now; stored replies deleted: 2.",
+        "You have withdrawn from faces now; stored replies deleted: 2.",
     ):
         assert words in result.out
     assert (
-        "You have left faces already, on "
+        "You have withdrawn from faces already, on "
         in fedface("device", "withdraw", "device.yaml", "--run", "faces").out
     )
     assert "You withdrew from faces: my own business" in fedface("device", "log", "device.yaml").out
@@ -320,7 +320,7 @@ def test_erasing_prints_what_is_deleted_and_that_photos_remain(fedface, used: Pa
     assert "Stored replies deleted from the ledger: 2." in result.out
     assert not (used / "state" / "sum.key").exists()
     assert (used / "photos" / "me.jpg").read_bytes() == b"a photo"
-    assert "3 releases booked" in fedface("ledger", "verify", "device.yaml").out
+    assert "3 releases recorded" in fedface("ledger", "verify", "device.yaml").out
 
 
 def test_erasing_lists_each_file_and_which_are_missing(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
@@ -398,7 +398,7 @@ def test_two_rounds_a_withdrawal_and_a_refusal_are_in_the_log(fedface, home: Pat
     assert list(reported["withdrawn"]) == ["tiny"] and reported["records"][3]["price"] is None
     spent = epsilon_of(experiment.plan().event(2), 1e-3)
     assert [budget["spent"]["upper"] for budget in reported["budgets"]] == [spent.upper] * 2
-    assert [budget["left"] for budget in reported["budgets"]] == [100 - spent.upper, 50 - spent.upper]
+    assert [budget["remaining"] for budget in reported["budgets"]] == [100 - spent.upper, 50 - spent.upper]
 
 
 def test_a_ledger_without_a_device_file_uses_the_unit_of_its_entries(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
@@ -432,7 +432,7 @@ def test_a_state_folder_readable_by_others_gives_a_warning(fedface, used: Path) 
     for words, before in zip(commands, quiet, strict=True):
         result = fedface(*words)
         assert result.code == 0 and result.out == before.out and "warning" not in before.err
-        assert "others may look into" in result.err and "run chmod 700 on it" in result.err
+        assert "others can read" in result.err and "run chmod 700 on it" in result.err
 
 
 def test_a_policy_file_is_not_a_device_file(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]

@@ -117,12 +117,12 @@ def test_spent_epsilon_counts(check, willing: Path, tmp_path: Path) -> None:  # 
         result = check(*words, "--experiment", DEMO, "--json")
         reported = json.loads(result.out)
         assert result.code == 1 and reported["would_take_part"] is False
-        (price,) = reported["asked"][0]["prices"]
+        (price,) = reported["requests"][0]["prices"]
         assert price["limit"] == {"epsilon": 8.0, "delta": 1e-5, "unit": "photo", "days": None}
         assert price["spent"] == reported["spent"][0]["spent"] > 0
-        assert price["asked"] < 8.0 < price["together"] < price["asked"] + price["spent"]
+        assert price["requested"] < 8.0 < price["together"] < price["requested"] + price["spent"]
         assert price["rounds_that_fit"] == 0  # the filter has no room for a third release beside two
-        assert reported["refusal"] == reported["asked"][0]["refusal"] and reported["together"] is None
+        assert reported["refusal"] == reported["requests"][0]["refusal"] and reported["together"] is None
     assert own.read_bytes() == stored
 
 
@@ -177,7 +177,7 @@ def test_a_period_reports_how_many_rounds_fit(check, willing: Path) -> None:  # 
     willing.write_text(WILLING + "periods: [{days: 7, epsilon: 5.5}]\n")
     result = check(willing, "--experiment", DEMO, "--json")
     reported = json.loads(result.out)
-    life, week = reported["asked"][0]["prices"]
+    life, week = reported["requests"][0]["prices"]
     assert result.code == 0 and life["rounds_that_fit"] == 6
     assert week["limit"]["days"] == 7.0 and 0 < week["rounds_that_fit"] < 6
 
@@ -195,8 +195,8 @@ def test_evaluation_is_reported_separately(check, willing: Path) -> None:  # typ
     assert result.code == 0 and "training and evaluation together: fits" in result.out
     reported = json.loads(check(willing, *asks, "--json").out)
     whole = read_experiment(DEMO, changes={"evaluation": "{}"}).plan().epsilon()
-    assert whole is not None and reported["together"]["price"]["asked"] == whole.upper <= 8.0
-    parts = [asked["prices"][0]["asked"] for asked in reported["asked"]]
+    assert whole is not None and reported["together"]["price"]["requested"] == whole.upper <= 8.0
+    parts = [request["prices"][0]["requested"] for request in reported["requests"]]
     assert max(parts) < whole.upper < sum(parts) and reported["together"]["refusal"] is None
     willing.write_text(WILLING.replace("max_epsilon: 8", "max_epsilon: 7.95") + "evaluation: true\n")
     result = check(willing, *asks)
@@ -223,13 +223,13 @@ def test_a_run_without_dp_has_no_finite_cost(check, willing: Path) -> None:  # t
     result = check(willing, "--experiment", DEMO, "--set", "privacy={kind: no-privacy}", "--json")
     reported = json.loads(result.out)
     assert result.code == 1
-    assert reported["asked"][0]["prices"] == []
-    assert "epsilon infinite at every delta" in reported["asked"][0]["refusal"]
+    assert reported["requests"][0]["prices"] == []
+    assert "epsilon infinite at every delta" in reported["requests"][0]["refusal"]
     willing.write_text(WILLING + "allow_no_dp: true\n")
     reported = json.loads(
         check(willing, "--experiment", DEMO, "--set", "privacy={kind: no-privacy}", "--json").out
     )
-    assert reported["would_take_part"] and reported["asked"][0]["prices"][0]["asked"] is None
+    assert reported["would_take_part"] and reported["requests"][0]["prices"][0]["requested"] is None
 
 
 @pytest.mark.parametrize(

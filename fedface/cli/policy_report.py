@@ -1,4 +1,4 @@
-"""A device's answer to a run in sentences: each request, its privacy cost, and the budget that would allow it."""
+"""A device's response to a run in sentences: each request, its privacy cost, and the budget that would allow it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Price:
     """The cost of a request against one budget; every epsilon is an upper bound."""
 
     limit: Budget
-    asked: float
+    requested: float
     spent: float
     together: float
     rounds_that_fit: int | None  # of the run's rounds; None where the requests differ in rounds
@@ -24,14 +24,14 @@ class Price:
         """Requested, spent and allowed, in one line."""
         room = "" if self.rounds_that_fit is None else f"; enough for {self.rounds_that_fit} of its rounds"
         return (
-            f"requests {format_upper_bound(self.asked)}; with the {format_upper_bound(self.spent)} already spent: "
+            f"requests {format_upper_bound(self.requested)}; with the {format_upper_bound(self.spent)} already spent: "
             f"{format_upper_bound(self.together)}; allowed: {self.limit}{room}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The answer to one request of a run."""
+    """The response to one request of a run."""
 
     what: str  # "training", "evaluation"
     objective: str  # as the policy names it
@@ -42,17 +42,17 @@ class Verdict:
 
     def describe(self, stated: str | None) -> list[str]:
         """A sentence, without the reason if that is `stated` already, then one line per budget."""
-        answer = "would take part" if self.refusal is None else _refused(self.refusal, stated)
+        text = "would take part" if self.refusal is None else _refused(self.refusal, stated)
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         return [
-            f'{self.what} ("{self.objective}", {rounds}, per {self.unit}): {answer}',
+            f'{self.what} ("{self.objective}", {rounds}, per {self.unit}): {text}',
             *(f"  {price.describe()}" for price in self.prices),
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CombinedVerdict:
-    """The answer to all requests together, which the lifetime budget must cover."""
+    """The response to all requests together, which the lifetime budget must cover."""
 
     fits: bool
     refusal: str | None  # None also where one request alone does not fit: its own verdict says so
@@ -60,13 +60,13 @@ class CombinedVerdict:
 
     def describe(self, stated: str | None) -> list[str]:
         """As `Verdict.describe`."""
-        answer = "fits" if self.fits else _refused(self.refusal, stated)
-        return [f"training and evaluation together: {answer}", f"  {self.price.describe()}"]
+        text = "fits" if self.fits else _refused(self.refusal, stated)
+        return [f"training and evaluation together: {text}", f"  {self.price.describe()}"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyReport:
-    """The answer to a run."""
+    """The response to a run."""
 
     experiment: Path
     verdicts: tuple[Verdict, ...]
@@ -81,7 +81,7 @@ class PolicyReport:
         return next((reason for reason in reasons if reason is not None), None)
 
     def describe(self) -> list[str]:
-        """The answer, then the costs behind it."""
+        """The response, then the costs behind it."""
         return [
             f"this device would take part in {self.experiment}"
             if self.refusal is None

@@ -89,7 +89,7 @@ class BudgetStatus:
     spent: Epsilon
 
     @property
-    def left(self) -> float:
+    def remaining(self) -> float:
         """The remaining epsilon by the upper bound, >= 0."""
         return max(0.0, self.budget.epsilon - self.spent.upper)
 
@@ -103,7 +103,7 @@ class BudgetStatus:
         return (
             f"Spent {'so far' if self.budget.days is None else f'in the last {self.budget.days:g} days'}: "
             f"{self.spent}. Allowed {self.budget.period}: {self.budget.epsilon:g}; "
-            f"left: {number_format.format_epsilon(self.left)}."
+            f"remaining: {number_format.format_epsilon(self.remaining)}."
         )
 
 
@@ -156,11 +156,15 @@ class DeviceLog:
             "bytes": self.bytes,
             "seen_by_the_server_without_noise": self.without_noise,
             "budgets": [
-                {"allowed": asdict(budget.budget), "spent": budget.spent.to_record(), "left": budget.left}
+                {
+                    "allowed": asdict(budget.budget),
+                    "spent": budget.spent.to_record(),
+                    "remaining": budget.remaining,
+                }
                 for budget in self.budgets
             ],
             "withdrawn": dict(self.withdrawn),
-            "booked_and_not_sent": [entry.number for entry in self.unsent],
+            "recorded_and_not_sent": [entry.number for entry in self.unsent],
         }
 
 
@@ -227,14 +231,14 @@ def render(log: DeviceLog) -> str:
     environment.filters.update(
         size=number_format.size,
         shown=number_format.format_epsilon,
-        whole=lambda words: re.sub(r"(?<=\de)-(?=\d)", MINUS, words),
+        whole=lambda text: re.sub(r"(?<=\de)-(?=\d)", MINUS, text),
     )
     life = log.budgets[0]
     return environment.from_string(source).render(
         log=log,
         mark=PAGE_MARK,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        made=moment(log.now.isoformat()),
+        created=moment(log.now.isoformat()),
         life=life,
         unbounded=math.inf,
         charts=[_chart(log.history, budget, log.now) for budget in log.budgets] if log.history else [],
@@ -246,7 +250,7 @@ def render(log: DeviceLog) -> str:
         what_left=device_log_text.what_left(log.transmissions, log.device),
         never_left=device_log_text.never_left(log.transmissions, log.without_noise),
         not_covered=device_log_text.not_covered(log.without_noise),
-        left_runs={run: moment(when) for run, when in log.withdrawn.items()},
+        withdrawals={run: moment(when) for run, when in log.withdrawn.items()},
     )
 
 

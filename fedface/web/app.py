@@ -1,6 +1,6 @@
 """The web application: one page and its requests. The only module that imports FastAPI.
 
-Every user error is answered with one sentence; a traceback in the terminal is a bug in fedface. Nothing is written to
+Every user error gets a response of one sentence; a traceback in the terminal is a bug in fedface. Nothing is written to
 disk, and nothing is loaded from the network.
 """
 
@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -29,7 +29,7 @@ from fedface.photos.image_io import MAX_BYTES
 from fedface.reports.charts import pixels_of
 from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
 from fedface.web.background_job import BackgroundCall, BackgroundSearch
-from fedface.web.events import Asked, final_event, progress_event, sheet_of
+from fedface.web.events import ResultContext, final_event, progress_event, sheet_of
 from fedface.web.image_encoding import data_uri
 from fedface.web.local_only_middleware import LocalOnlyMiddleware
 from fedface.web.method_catalog import MethodProvider
@@ -90,7 +90,7 @@ class RequestHandlers:
             {
                 "size": size,
                 "side": max(8, size // 32) if size > 8 else size // 2,
-                "offers": [asdict(offer) for offer in self.provider.offers],
+                "methods": [asdict(method) for method in self.provider.methods],
                 "most_faces": MAX_FACES,
                 "max_upload": MAX_UPLOAD,
             }
@@ -111,7 +111,7 @@ class RequestHandlers:
         try:
             while not reading.done:
                 await asyncio.sleep(POLL_INTERVAL)
-                # The page is closed or shows another photo: nothing of this one is kept.
+                # The page is closed or shows another photo: nothing of this one is stored.
                 if request.app.state.stopping() or await request.is_disconnected():
                     return _error_response(410, GONE)
         finally:
@@ -122,8 +122,8 @@ class RequestHandlers:
         self.session.set_photo(upload)
         return JSONResponse(await run_in_threadpool(_upload_record, upload))
 
-    async def looking(self) -> Response:
-        """How far the search for faces in a photo is."""
+    async def detection(self) -> Response:
+        """How far face detection in a photo is."""
         return JSONResponse({"turns": self.reader.turns, "of": len(TURNS)})
 
     async def synthetic(self) -> Response:
@@ -142,13 +142,13 @@ class RequestHandlers:
     def fits(self, method: str, side: int) -> Response:
         """Whether a method supports a pixelation (an empty sentence: yes), and its training data."""
         sentence = self.refused(method, side)
-        learned = "" if sentence else self.provider.learned(method)
-        return JSONResponse({"sentence": sentence, "learned": learned})
+        data = "" if sentence else self.provider.training_data(method)
+        return JSONResponse({"sentence": sentence, "training_data": data})
 
     async def search(self, query: SearchRequest, request: Request) -> Response:
         """Start a search and stream its progress until it ends or the page is closed."""
-        offer = next((offer for offer in self.provider.offers if offer.name == query.method), None)
-        if offer is None:
+        method = next((one for one in self.provider.methods if one.name == query.method), None)
+        if method is None:
             raise ConfigError(f"There is no method named {query.method!r}.")
         if not 1 <= query.faces <= MAX_FACES:
             raise ConfigError(f"The number of faces must lie between 1 and {MAX_FACES}.")
@@ -157,9 +157,9 @@ class RequestHandlers:
         upload, crop = self.session.upload(query.photo), self._crop(query.photo, query.face)
         if upload is None or crop is None:
             return _error_response(410, GONE)
-        asked = Asked(several=offer.several, face=upload.found > 0 or not upload.looked)
+        context = ResultContext(several=method.several, face=upload.found > 0 or not upload.detected)
         low = crop.low(query.side)
-        faces = query.faces if offer.several else 1
+        faces = query.faces if method.several else 1
 
         def make(progress: Progress, watch: StepCallback) -> Upsampler:
             return self.provider.make(
@@ -169,7 +169,7 @@ class RequestHandlers:
         started = self.session.begin(query.photo, lambda: BackgroundSearch(make, low, faces, crop.truth))
         if started is None:
             return _error_response(409, BUSY)
-        return StreamingResponse(_event_stream(started, request, asked), media_type="text/event-stream")
+        return StreamingResponse(_event_stream(started, request, context), media_type="text/event-stream")
 
     async def stop(self, named: Named) -> Response:
         """Stop the search for a photo; its event stream ends when it has stopped."""
@@ -220,17 +220,12 @@ def make_app(provider: MethodProvider, reader: Reader, *, port: int) -> FastAPI:
 
     app = FastAPI(title="fedface", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.stopping = lambda: False  # replaced by who serves it
-    answers = RequestHandlers(provider, reader, session)
-    asked: dict[str, Callable[..., Any]] = {"/": answers.show, "/about": answers.about, "/fits": answers.fits,
-                                            "/pixels": answers.pixels, "/sheet": answers.sheet,
-                                            "/looking": answers.looking}  # fmt: skip
-    for path, answer in asked.items():
-        app.add_api_route(path, answer, methods=["GET"], response_model=None)
-    ordered: dict[str, Callable[..., Any]] = {"/photo": answers.photo, "/synthetic": answers.synthetic,
-                                              "/search": answers.search, "/stop": answers.stop,
-                                              "/forget": answers.forget}  # fmt: skip
-    for path, answer in ordered.items():
-        app.add_api_route(path, answer, methods=["POST"], response_model=None)
+    handlers = RequestHandlers(provider, reader, session)
+    app.add_api_route("/", handlers.show, methods=["GET"], response_model=None)
+    for name in ("about", "fits", "pixels", "sheet", "detection"):
+        app.add_api_route(f"/{name}", getattr(handlers, name), methods=["GET"], response_model=None)
+    for name in ("photo", "synthetic", "search", "stop", "forget"):
+        app.add_api_route(f"/{name}", getattr(handlers, name), methods=["POST"], response_model=None)
     app.add_exception_handler(FedfaceError, _on_fedface_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(Exception, _on_bug)
@@ -238,7 +233,9 @@ def make_app(provider: MethodProvider, reader: Reader, *, port: int) -> FastAPI:
     return app
 
 
-async def _event_stream(search: BackgroundSearch, request: Request, asked: Asked) -> AsyncIterator[str]:
+async def _event_stream(
+    search: BackgroundSearch, request: Request, context: ResultContext
+) -> AsyncIterator[str]:
     """Server-sent events: `faces` while it runs, then one of `end`, `stopped` or `failed`."""
     sent = time.monotonic()
     try:
@@ -253,7 +250,7 @@ async def _event_stream(search: BackgroundSearch, request: Request, asked: Asked
             if event is not None or silence >= HEARTBEAT:
                 sent = time.monotonic()
                 yield _event("faces", event) if event is not None else ": still here\n\n"
-        name, last = await run_in_threadpool(final_event, search, asked)
+        name, last = await run_in_threadpool(final_event, search, context)
         yield _event(name, last)
     finally:
         search.stop()
@@ -267,7 +264,7 @@ def _upload_record(upload: Upload) -> dict[str, Any]:
     return {
         "photo": upload.key,
         "found": upload.found,
-        "looked": upload.looked,
+        "detected": upload.detected,
         "faces": [
             {"picture": data_uri(crop.preview), "width": crop.width, "sides": crop.sides}
             for crop in upload.crops

@@ -81,7 +81,7 @@ class BackgroundCall(Generic[T]):
         return not self._thread.is_alive()
 
     def result(self) -> T:
-        """What the finished call returned; raises what it raised."""
+        """The return value of the finished call; raises its exception."""
         self._thread.join()
         if isinstance(self._result, Exception):
             raise self._result
@@ -90,7 +90,7 @@ class BackgroundCall(Generic[T]):
     def _run(self) -> None:
         try:
             self._result = self._work()
-        except Exception as error:  # for whoever asks for the result
+        except Exception as error:  # raised by `result`
             self._result = error
 
 

@@ -29,7 +29,7 @@ NOT_REAL = "These people do not exist; the pixels do not determine which face is
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ResultContext:
     """The properties of a request that its result's description depends on."""
 
     several: bool  # the method can generate several faces
@@ -56,11 +56,11 @@ def progress_event(search: BackgroundSearch) -> dict[str, Any] | None:
     }
 
 
-def final_event(search: BackgroundSearch, asked: Asked) -> tuple[str, dict[str, Any]]:
+def final_event(search: BackgroundSearch, context: ResultContext) -> tuple[str, dict[str, Any]]:
     """The name and content of the last event."""
     match search.outcome:
         case Finished() as finished:
-            return "end", _result_record(search, finished, asked)
+            return "end", _result_record(search, finished, context)
         case Failed(sentence):
             return "failed", {"error": sentence}
         case Stopped() | None:
@@ -96,7 +96,7 @@ def sheet_of(search: BackgroundSearch) -> bytes | None:
     return face_grid(rows, columns)
 
 
-def _result_record(search: BackgroundSearch, finished: Finished, asked: Asked) -> dict[str, Any]:
+def _result_record(search: BackgroundSearch, finished: Finished, context: ResultContext) -> dict[str, Any]:
     upsampled = finished.upsampled
     images = upsampled.images[0].clamp(0, 1)
     side = search.low.shape[-1]
@@ -110,17 +110,17 @@ def _result_record(search: BackgroundSearch, finished: Finished, asked: Asked) -
             "shrunk": data_uri(pixels_of(shrunk[number])),
             "consistency_error": _finite(consistency_errors[number]),
             "fits": fits[number],
-            "tone": round(tones[number], 1) if asked.face else None,
+            "tone": round(tones[number], 1) if context.face else None,
         }
         for number, picture in enumerate(shown(images))
     ]
     return {
         "faces": faces,
-        "spread": _spread_record(images) if asked.several and len(images) > 1 else None,
-        "tone": round(float(measure_tone(search.truth).monk[0]), 1) if asked.face else None,
+        "spread": _spread_record(images) if context.several and len(images) > 1 else None,
+        "tone": round(float(measure_tone(search.truth).monk[0]), 1) if context.face else None,
         "seconds": round(finished.seconds, 1),
         "steps": upsampled.steps,
-        "sentences": _sentences(asked, side, images.shape[-1], fits),
+        "sentences": _sentences(context, side, images.shape[-1], fits),
     }
 
 
@@ -129,11 +129,11 @@ def _spread_record(images: Images) -> dict[str, Any]:
     return {"picture": data_uri(spread.picture), "most": round(spread.most), "mean": round(spread.mean, 1)}
 
 
-def _sentences(asked: Asked, side: int, size: int, fits: list[bool]) -> list[str]:
+def _sentences(context: ResultContext, side: int, size: int, fits: list[bool]) -> list[str]:
     """The result in plain sentences, the most important one first."""
     numbers = f"{side} × {side} pixels are {3 * side * side} numbers; a face here has {3 * size * size}"
-    terms = [TONE, CONSISTENCY_ERROR] if asked.face else [CONSISTENCY_ERROR]
-    if not asked.several:
+    terms = [TONE, CONSISTENCY_ERROR] if context.face else [CONSISTENCY_ERROR]
+    if not context.several:
         agrees = (
             "Downscaled, it gives the same pixels, as many other faces would."
             if fits[0]

@@ -23,12 +23,10 @@ HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
 )
-
-
 MAX_REQUEST = 65_536  # bytes of a request without a photo
 
 
-def places(port: int) -> tuple[str, ...]:
+def accepted_hosts(port: int) -> tuple[str, ...]:
     """The accepted Host headers."""
     names = ("127.0.0.1", "localhost")
     return tuple(f"{name}:{port}" for name in names) + (names if port == 80 else ())
@@ -38,7 +36,7 @@ class LocalOnlyMiddleware:
     """Refuses requests from elsewhere, and adds headers that keep other pages from using the responses."""
 
     def __init__(self, app: Application, *, port: int) -> None:
-        self._app, self._hosts = app, places(port)
+        self._app, self._hosts = app, accepted_hosts(port)
         self._origins = tuple(f"http://{host}" for host in self._hosts)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -49,18 +47,20 @@ class LocalOnlyMiddleware:
         if scope["type"] != "http":
             return
 
-        async def send_home(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
         refusal = self._refusal(scope)
         if refusal is None:
-            await self._app(scope, receive, send_home)
+            await self._app(scope, receive, send_with_headers)
             return
         headers = [(b"content-type", b"application/json")]
-        await send_home({"type": "http.response.start", "status": 403, "headers": headers})
-        await send_home({"type": "http.response.body", "body": json.dumps({"error": refusal}).encode()})
+        await send_with_headers({"type": "http.response.start", "status": 403, "headers": headers})
+        await send_with_headers(
+            {"type": "http.response.body", "body": json.dumps({"error": refusal}).encode()}
+        )
 
     def _refusal(self, scope: Message) -> str | None:
         headers = [
@@ -71,15 +71,15 @@ class LocalOnlyMiddleware:
         sites = [value.lower() for name, value in headers if name == "sec-fetch-site"]
         if len(hosts) != 1 or hosts[0] not in self._hosts:
             return f"This page is available only at http://{self._hosts[0]}/."
-        asks = scope["method"] in ("GET", "HEAD")
-        if (origins or not asks) and (len(origins) != 1 or origins[0] not in self._origins):
+        safe = scope["method"] in ("GET", "HEAD")
+        if (origins or not safe) and (len(origins) != 1 or origins[0] not in self._origins):
             return "Requests from other pages are refused."
         lengths = [value for name, value in headers if name == "content-length"]
         counted = len(lengths) == 1 and lengths[0].isdigit() and int(lengths[0]) <= MAX_REQUEST
-        if not asks and scope["path"] != "/photo" and not counted:
+        if not safe and scope["path"] != "/photo" and not counted:
             return f"A request must state its length and have at most {MAX_REQUEST} bytes."
         # A link on another page may open this page and nothing else.
-        opens = asks and scope["path"] == "/"
+        opens = safe and scope["path"] == "/"
         if not opens and any(site not in ("same-origin", "none") for site in sites):
             return "Other pages may not show this page's images."
         return None

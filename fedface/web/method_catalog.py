@@ -18,7 +18,7 @@ class MethodInfo:
 
     name: str  # as the command line knows it
     title: str
-    words: str  # what it does, for laypeople
+    description: str  # what it does, for laypeople
     several: bool  # whether it can generate several faces for the same pixels
 
 
@@ -31,11 +31,11 @@ class MethodProvider(Protocol):
         ...
 
     @property
-    def offers(self) -> Sequence[MethodInfo]:
+    def methods(self) -> Sequence[MethodInfo]:
         """The methods to choose from, at least one; the first is preselected."""
         ...
 
-    def learned(self, method: str) -> str:
+    def training_data(self, method: str) -> str:
         """The training data of a method's network in a sentence; empty if unknown."""
         ...
 
@@ -50,7 +50,7 @@ class MethodProvider(Protocol):
         ...
 
 
-def learned_from(notes: Mapping[str, Any]) -> str:
+def describe_training_data(notes: Mapping[str, Any]) -> str:
     """A sentence on a checkpoint's training data, from its notes; empty if they do not contain it."""
     for part in (notes, notes.get("generator_notes")):
         recipe = part.get("recipe") if isinstance(part, Mapping) else None

@@ -31,7 +31,7 @@ from fedface.upsampling.methods import (
 )
 from fedface.upsampling.pulse import PulseConfig
 from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
-from fedface.web.method_catalog import MethodInfo, learned_from
+from fedface.web.method_catalog import MethodInfo, describe_training_data
 
 
 class MethodCatalog:
@@ -43,7 +43,7 @@ class MethodCatalog:
         self._size = load_gan().generator.size if model is None else model.size
         first = name_of(PulseConfig() if model is None else default_method(model))
         names = sorted(METHODS, key=lambda name: name != first)  # stable: only the first one moves
-        self._offers = tuple(offer_of(METHODS[name]) for name in names)
+        self._methods = tuple(method_info(METHODS[name]) for name in names)
 
     @property
     def size(self) -> int:
@@ -51,14 +51,14 @@ class MethodCatalog:
         return self._size
 
     @property
-    def offers(self) -> Sequence[MethodInfo]:
+    def methods(self) -> Sequence[MethodInfo]:
         """All methods, the one for the checkpoint's family first."""
-        return self._offers
+        return self._methods
 
-    def learned(self, method: str) -> str:
+    def training_data(self, method: str) -> str:
         """The training data of the method's network."""
         model = self._network(_method(method))
-        return "" if model is None else learned_from(model.notes)
+        return "" if model is None else describe_training_data(model.notes)
 
     def make(
         self, method: str, *, side: int, seed: int, progress: Progress | None, watch: StepCallback | None
@@ -95,18 +95,18 @@ def _method(name: str) -> Method:
     return METHODS[name]
 
 
-def offer_of(method: Method) -> MethodInfo:
+def method_info(method: Method) -> MethodInfo:
     """A method described for laypeople."""
     title = title_of(method)
     return MethodInfo(
         name=name_of(method),
         title=title[:1].upper() + title[1:],
-        words=_words(method),
+        description=_description(method),
         several=not is_deterministic(method),
     )
 
 
-def _words(method: Method) -> str:
+def _description(method: Method) -> str:
     match method:
         case PulseConfig():
             return "Starts from faces of the generator and changes each until it matches these pixels when downscaled."

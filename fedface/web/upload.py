@@ -53,8 +53,8 @@ class Crop:
             PhotoError: The crop does not have this pixelation.
         """
         if side not in self.sides:
-            words = ", ".join(map(str, self.sides))
-            raise PhotoError(f"This face can be pixelated to {words} pixels a side, not to {side}.")
+            sides = ", ".join(map(str, self.sides))
+            raise PhotoError(f"This face can be pixelated to {sides} pixels a side, not to {side}.")
         if self.small is not None and self.small.shape[-1] == side:
             return self.small
         return eight_bits(BicubicPulse(self.truth.shape[-1] // side).apply(self.truth))
@@ -66,7 +66,7 @@ class Upload:
 
     crops: tuple[Crop, ...]  # largest face first; the centre square if there is no face
     found: int  # faces in the photo; 0 if none was found or the picture was used as a face
-    looked: bool  # whether face detection ran
+    detected: bool  # whether face detection ran
     key: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # needed to use the upload
 
 
@@ -78,7 +78,7 @@ class Reader:
         self.size = size
         self._make_detector = cache(detector)
         self._lock = Lock()
-        self._looking: _Looking | None = None
+        self._detection: _CountingDetector | None = None
 
     @cached_property
     def _child(self) -> SandboxedDecoder:
@@ -89,7 +89,7 @@ class Reader:
 
         Args:
             content: The file's bytes.
-            cancelled: Set by another thread once nobody waits for the faces: what is left of the search is skipped.
+            cancelled: Set by another thread once no caller waits for the faces: the rest of the search is skipped.
 
         Raises:
             PhotoError: The bytes are not a readable picture, or it is too small; one sentence.
@@ -100,31 +100,31 @@ class Reader:
             height, width = photo.pixels.shape[:2]
             if min(height, width) < LEAST:
                 raise PhotoError(f"This picture has {width} x {height} pixels: too few for a face.")
-            self._looking = looking = _Looking(self._make_detector, cancelled or Event())
+            self._detection = counting = _CountingDetector(self._make_detector, cancelled or Event())
             try:
                 faces = face_crops(
-                    photo, lambda: looking, max(SHOWN, self.size), smallest=LEAST, name="this photo"
+                    photo, lambda: counting, max(SHOWN, self.size), smallest=LEAST, name="this photo"
                 )
             except LibraryError:
-                if not looking.turns:
+                if not counting.turns:
                     raise
-                return Upload(crops=(self._middle(photo.pixels),), found=0, looked=True)
+                return Upload(crops=(self._middle(photo.pixels),), found=0, detected=True)
         crops = tuple(
             self._crop(face.crop, round(face.side), small=face.already_small) for face in faces[:FACES_SHOWN]
         )
-        return Upload(crops=crops, found=faces[0].people, looked=not faces[0].already_small)
+        return Upload(crops=crops, found=faces[0].people, detected=not faces[0].already_small)
 
     def synthetic_face(self, seed: int) -> Upload:
         """A synthetic face, as an example; equal seeds give equal faces."""
         rendered = render_people(1, 0.5, max(16, self.size), Streams(seed))
         large = render_people(1, 0.5, SHOWN, Streams(seed))
         crop = Crop(truth=eight_bits(rendered), preview=pixels_of(large[0]), width=self.size)
-        return Upload(crops=(crop,), found=1, looked=False)
+        return Upload(crops=(crop,), found=1, detected=False)
 
     @property
     def turns(self) -> int:
         """In how many of `face_crops.TURNS` the current photo was searched so far."""
-        return 0 if self._looking is None else self._looking.turns
+        return 0 if self._detection is None else self._detection.turns
 
     @property
     def child(self) -> int | None:
@@ -164,8 +164,8 @@ class Reader:
         return self._crop(cut_square(pixels, corners, max(SHOWN, self.size)), side, small=False)
 
 
-class _Looking:
-    """A detector that is loaded on first use, counts its searches and skips those that nobody waits for."""
+class _CountingDetector:
+    """A detector that is loaded on first use, counts its searches and skips those after a cancellation."""
 
     def __init__(self, detector: Callable[[], Detector], cancelled: Event) -> None:
         self._detector, self._cancelled = detector, cancelled

@@ -163,13 +163,13 @@ def test_an_old_entry_counts_only_for_the_lifetime_budget(books: Books) -> None:
     life, month = books.log().budgets
     assert month.spent == epsilon_of(noised(9), 1e-6)
     assert life.spent == books.ledger.spent(1e-6)
-    assert life.left == 8 - life.spent.upper and month.left == 2 - month.spent.upper
+    assert life.remaining == 8 - life.spent.upper and month.remaining == 2 - month.spent.upper
 
 
 def test_an_overspent_budget_has_zero_left(books: Books) -> None:
     """An owner who lowers the budget below what is spent has 0 left, not less."""
     books.book(noised(1))
-    assert books.log(policy=replace(POLICY, max_epsilon=0.5)).budgets[0].left == 0
+    assert books.log(policy=replace(POLICY, max_epsilon=0.5)).budgets[0].remaining == 0
 
 
 def test_the_lifetime_curve_never_falls_and_a_periods_curve_returns_to_zero(books: Books) -> None:
@@ -221,7 +221,7 @@ def test_infinite_epsilon_is_valid_json(books: Books) -> None:
     """A release without noise; strict JSON."""
     books.send(b"x", books.book(ClippedSum(clip_norm=1.0).event()))
     reported = json.loads(json.dumps(books.log().record(), allow_nan=False))
-    assert reported["records"][0]["price"]["upper"] == "infinite" and reported["budgets"][0]["left"] == 0
+    assert reported["records"][0]["price"]["upper"] == "infinite" and reported["budgets"][0]["remaining"] == 0
     assert reported["records"][0]["record"] == "transmission" and reported["bytes"] == 1
 
 
@@ -255,7 +255,7 @@ def test_the_page_has_every_record_and_every_budget(books: Books) -> None:
         f"{number_format.number(spent.estimate, 4)} (between {rounded_down(spent.lower)} and "
         f"{rounded_up(spent.upper)}) at delta 1e" in text
     )
-    assert f"{8 - spent.upper:.3f} left" in text and "allowed: 2</text>" in text
+    assert f"{8 - spent.upper:.3f} remaining" in text and "allowed: 2</text>" in text
     for words in (
         "What these numbers mean",
         "Delta",

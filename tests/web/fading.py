@@ -71,16 +71,16 @@ class FadingSearcher:
     """Three methods: one with several faces, one with a single face at 8 px only, one with a bug."""
 
     size = SIZE
-    offers: Sequence[MethodInfo] = (
-        MethodInfo(name="fading", title="Fading", words="Fades in.", several=True),
-        MethodInfo(name="single", title="Single", words="Has one answer.", several=False),
-        MethodInfo(name="broken", title="Broken", words="Has a bug.", several=True),
+    methods: Sequence[MethodInfo] = (
+        MethodInfo(name="fading", title="Fading", description="Fades in.", several=True),
+        MethodInfo(name="single", title="Single", description="Has one answer.", several=False),
+        MethodInfo(name="broken", title="Broken", description="Has a bug.", several=True),
     )
 
     def __init__(self, pause: float = 0.0) -> None:
         self._pause = pause
 
-    def learned(self, method: str) -> str:
+    def training_data(self, method: str) -> str:
         return f"{method} has learned from 85 light faces in 100."
 
     def make(

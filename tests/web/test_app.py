@@ -69,7 +69,7 @@ def test_an_uploaded_photo_gives_its_faces_largest_first(open_page: Open) -> Non
 def test_a_photo_without_a_face_offers_its_centre_square(open_page: Open) -> None:
     """It may be used as a face, and is as wide as the photo is high."""
     reported = drop(open_page(faces=0), photo_bytes(100, 180))
-    assert (reported["found"], reported["looked"]) == (0, True)
+    assert (reported["found"], reported["detected"]) == (0, True)
     assert [face["width"] for face in reported["faces"]] == [100]
 
 
@@ -78,7 +78,7 @@ def test_a_picture_of_eight_pixels_is_the_input(open_page: Open) -> None:
     client = open_page(faces=0)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     reported = drop(client, png_bytes(pixels))
-    assert (reported["found"], reported["looked"]) == (0, False)
+    assert (reported["found"], reported["detected"]) == (0, False)
     assert (low_pixels(client, reported, 8) == pixels).all()
 
 
@@ -197,7 +197,7 @@ def test_a_square_without_a_face_has_no_skin_tone(open_page: Open, faces: int, t
 def test_the_page_gets_a_methods_training_data(open_page: Open) -> None:
     """As the provider describes it."""
     fits = open_page().get("/fits", params={"method": "fading", "side": 8}).json()
-    assert fits["learned"] == "fading has learned from 85 light faces in 100."
+    assert fits["training_data"] == "fading has learned from 85 light faces in 100."
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -99,7 +99,7 @@ def test_a_photo_is_dropped_and_faces_appear(run_page: Run, window: Page, tmp_pa
         window.wait_for_timeout(50)
         seen.add(face.get_attribute("src"))
     expect(window.locator("#stop")).to_be_enabled()
-    expect(window.locator("#answer")).to_have_text(
+    expect(window.locator("#summary")).to_have_text(
         "These people do not exist; the pixels do not determine which face is right."
     )
     expect(window.locator("#card-0 .fits")).to_have_text("✓ same pixels")

@@ -16,29 +16,29 @@ from fedface.upsampling.methods import METHODS, is_deterministic
 from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
 from fedface.web.app import make_app
 from fedface.web.image_encoding import images_of
-from fedface.web.method_catalog import learned_from
-from fedface.web.method_provider import MethodCatalog, offer_of
+from fedface.web.method_catalog import describe_training_data
+from fedface.web.method_provider import MethodCatalog, method_info
 from fedface.web.upload import Reader
 
 
 def test_every_method_is_offered_with_a_description_and_pulse_comes_first() -> None:
     """Each once."""
-    offers = MethodCatalog(None).offers
-    assert offers[0].name == "pulse"
-    assert {offer.name for offer in offers} == set(METHODS)
-    assert len({offer.words for offer in offers}) == len(offers)
+    methods = MethodCatalog(None).methods
+    assert methods[0].name == "pulse"
+    assert {method.name for method in methods} == set(METHODS)
+    assert len({method.description for method in methods}) == len(methods)
 
 
 def test_deterministic_methods_offer_one_face() -> None:
     """As the upsamplers do."""
-    assert all(offer_of(method).several != is_deterministic(method) for method in METHODS.values())
+    assert all(method_info(method).several != is_deterministic(method) for method in METHODS.values())
 
 
 def test_the_bundled_generators_training_data_is_stated() -> None:
     """85 % had light skin; interpolation has no training data."""
     provider = MethodCatalog(None)
-    assert "85 % had light skin" in provider.learned("pulse")
-    assert provider.learned("nearest") == ""
+    assert "85 % had light skin" in provider.training_data("pulse")
+    assert provider.training_data("nearest") == ""
 
 
 @pytest.mark.parametrize(
@@ -47,13 +47,13 @@ def test_the_bundled_generators_training_data_is_stated() -> None:
 )
 def test_missing_notes_give_no_sentence(notes: dict[str, object]) -> None:
     """A checkpoint may come from elsewhere."""
-    assert learned_from(notes) == ""
+    assert describe_training_data(notes) == ""
 
 
 def test_an_encoders_notes_may_contain_its_generators() -> None:
     """Of the generator that it was trained for."""
     notes = {"generator_notes": {"recipe": {"light_fraction": 0.25}}}
-    assert "25 % had light skin" in learned_from(notes)
+    assert "25 % had light skin" in describe_training_data(notes)
 
 
 @pytest.mark.parametrize(("method", "side", "words"), [

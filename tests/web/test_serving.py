@@ -156,7 +156,7 @@ def test_a_photo_without_a_face_tells_how_far_it_is_and_stops_when_it_is_left(ru
     def watch() -> None:
         with running.client() as other:
             while not stopped.is_set():
-                seen.add(tuple(other.get("/looking").json().values()))
+                seen.add(tuple(other.get("/detection").json().values()))
                 time.sleep(0.1)
 
     thread = threading.Thread(target=watch)
