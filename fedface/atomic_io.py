@@ -121,10 +121,10 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, kind: str) -> Iterator[None]:
-    """Make a folder for a run or the like, or enter one that was made so; one process at a time.
+    """Create a folder for a run or the like, or enter one created here; one process at a time.
 
     Args:
-        folder: New, empty, or made by this function for the same kind.
+        folder: New, empty, or created by this function for the same kind.
         kind: Such as "run".
 
     Raises:
@@ -138,8 +138,8 @@ def locked_folder(folder: Path, kind: str) -> Iterator[None]:
         if found != mark and (found or others):
             name = others[0].name if others else lock.name
             raise RunError(
-                f"{folder}: contains {name}, and is no folder of a {kind}; nothing of it is replaced. Name a new or "
-                "an empty folder"
+                f"{folder}: contains {name}, and is not the folder of a {kind}; nothing in it is replaced. Name a new "
+                "or an empty folder"
             )
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:

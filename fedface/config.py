@@ -176,7 +176,7 @@ class _Builder:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise self._error(key_node, path, "expected a text as key, got a list or keys and values")
             if key in result:
-                raise self._error(key_node, (*path, key), "the key stands twice; keep one")
+                raise self._error(key_node, (*path, key), "the key appears twice; delete one")
             result[key] = self.build(value_node, (*path, key))
         return result
 

@@ -126,7 +126,7 @@ def test_errors_in_options_are_one_sentence(fedface, tmp_path: Path) -> None:  #
     assert "seed: must be at least 0" in sentence(fedface("plan", path, "--set", "seed=-1"))
     assert "--photos needs labelled" in sentence(fedface("plan", path, "--photos", "."))
     assert "no such checkpoint" in sentence(fedface("plan", path, "--set", "base=none.safetensors"))
-    assert "does not go with faces of 16 pixels" in sentence(
+    assert "does not support faces of 16 pixels" in sentence(
         fedface("plan", path, "--set", "upsampling.downscale={kind: area, factor: 3}")
     )
     assert not Path("runs").exists()

@@ -552,5 +552,5 @@ def test_several_interrupts_in_quick_succession_are_one() -> None:
             time.sleep(0.01)
         out, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 130 and out == "kept\n"
-    assert "Traceback" not in err and err.count("interrupted; finished work is kept") == 1
+    assert "Traceback" not in err and err.count("interrupted; finished work is stored") == 1
     assert "--resume and the same options" in err

@@ -135,7 +135,7 @@ def test_the_base_is_the_bundled_checkpoint_by_default(tmp_path: Path) -> None:
 
 def test_a_factor_that_does_not_divide_the_size_is_refused_before_the_run() -> None:
     """Not after the last round, when the audit would fail."""
-    with pytest.raises(ConfigError, match="upsampling: .*does not go with faces of 32 pixels: .*32, got 5"):
+    with pytest.raises(ConfigError, match="upsampling: .*does not support faces of 32 pixels: .*32, got 5"):
         experiment(**{"upsampling.downscale": "{kind: area, factor: 5}"}).start()
 
 

@@ -1,1 +1,1 @@
-"""Whom a model serves worse, and what an update leaks."""
+"""Quality by group, and leakage from updates."""

@@ -210,7 +210,7 @@ class BiasReport:
         return {name: count for name, count in self.counts.items() if name not in self.groups}
 
     def sentences(self) -> list[str]:
-        """The findings in words, clear gaps first; always ends with the limits of the probe.
+        """One sentence per finding, clear gaps first; always ends with the limits of the probe.
 
         A gap that rounds to zero at the digits shown is omitted, however certain it is.
         """

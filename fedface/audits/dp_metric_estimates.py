@@ -71,7 +71,7 @@ class DPMetricEstimates:
     groups: dict[str, GroupEstimates | NotMeasured]  # lightest first
     shares: dict[str, ToneShares]  # of the reported groups
     gaps: dict[str, Gap]  # by metric; empty where fewer than two groups are reported
-    # By metric: the smallest visible gap; what the noise alone hides of it.
+    # By metric: the smallest visible gap; and the part that noise alone hides.
     hidden: dict[str, tuple[float, float]]
 
     @property
@@ -83,7 +83,7 @@ class DPMetricEstimates:
         return tuple(name for name, group in self.groups.items() if isinstance(group, NotMeasured))
 
     def headline(self) -> str:
-        """One sentence: the first clear gap in a fixed order of metrics, or what the noise hides."""
+        """One sentence: the first clear gap in a fixed order of metrics, or the gaps that the noise would hide."""
         start = "On the devices' own photos"
         for name in (*HEADLINE_METRICS, *self.gaps):
             gap, metric = self.gaps.get(name), DP_METRICS[name]
@@ -107,7 +107,7 @@ class DPMetricEstimates:
         )
 
     def sentences(self) -> list[str]:
-        """The findings in words, clear gaps first; always ends with the limits of these metrics."""
+        """One sentence per finding, clear gaps first; always ends with the limits of these metrics."""
         clear = [name for name, gap in self.gaps.items() if DP_METRICS[name].shows(gap)]
         texts = [self._gap_sentence(name) for name in clear]
         if not self.gaps:

@@ -41,7 +41,7 @@ from fedface.tensor_types import Images, Vector
 from fedface.validation import In, check, checked
 
 RANGED_METRICS = ("consistency_error", "skin_difference", "lightness_shift")  # with a public range
-_WORDS = {2: ("lighter", "darker"), 3: ("light", "medium", "dark")}
+_GROUP_NAMES = {2: ("lighter", "darker"), 3: ("light", "medium", "dark")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +102,16 @@ class LocalMetricsConfig:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The tone groups in words, lightest first."""
+        """The names of the tone groups, lightest first."""
         firsts = (1, *(last + 1 for last in self.tone_upper_bounds[:-1]))
         spans = [
             f"Monk {a}" if a == b else f"Monk {a}-{b}"
             for a, b in zip(firsts, self.tone_upper_bounds, strict=True)
         ]
-        words = _WORDS.get(len(spans))
-        return tuple(spans if words is None else (f"{w} ({s})" for w, s in zip(words, spans, strict=True)))
+        names = _GROUP_NAMES.get(len(spans))
+        return tuple(
+            spans if names is None else (f"{name} ({span})" for name, span in zip(names, spans, strict=True))
+        )
 
     @property
     def width(self) -> int:
@@ -227,7 +229,7 @@ def average_within_unit(vectors: Tensor, units: Tensor) -> Tensor:
 
     A unit then weighs exactly one, however many photos it has: metrics are means over units of the means within,
     and counts are counts of units, where an occasion with photos of two groups counts in part for each. A mean is
-    no longer than what it is the mean of, so nothing is clipped. Clipping the sum of a unit's photos would give the
+    no longer than the longest of them, so nothing is clipped. Clipping the sum of a unit's photos would give the
     same guarantee, but would let a unit weigh up to one over the norm of its mean vector: 1.06 for photos that are
     alike, 1.4 for one that shows two groups.
 

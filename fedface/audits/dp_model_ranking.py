@@ -59,7 +59,7 @@ class Ranking:
         return "over all units" if self.by == "overall" else "for the group that each serves worst"
 
     def sentences(self) -> list[str]:
-        """The order in words, and which differences are not significant."""
+        """The order, and which differences are not significant."""
         metric = DP_METRICS[self.metric]
         texts = [f"By {metric.title}, {self.scope()}, best first: {', '.join(self.order)}."]
         for pair in self.comparisons:
@@ -67,7 +67,7 @@ class Ranking:
             if pair.apart:
                 texts.append(f"{pair.better} is better than {pair.worse} by {gap}.")
             else:
-                texts.append(f"{pair.better} and {pair.worse} cannot be told apart: {gap}.")
+                texts.append(f"{pair.better} and {pair.worse} cannot be distinguished: {gap}.")
         texts.append("The intervals include the noise and hold for all pairs at once.")
         return texts
 

@@ -37,7 +37,7 @@ from fedface.tensor_types import Images
 FEATURE_WIDTH = 132
 _SIDE = 32  # faces are brought to this side first, so that sets of different sizes can be compared
 _UNIT = 10.0  # CIELAB steps
-_TABLE = 2**21  # numbers in one block of a table, 16 MiB: what bounds the memory
+_TABLE = 2**21  # numbers in one block of a table, 16 MiB: bounds the memory
 BLOCKS = 10  # that a set is cut into for its interval
 
 
@@ -246,7 +246,7 @@ def _kernel_sums(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _KernelSums:
-    """Kernel sums between the blocks of two sets: what the distance of any choice of blocks is made of."""
+    """Kernel sums between the blocks of two sets, from which the distance of any choice of blocks follows."""
 
     count_x: np.ndarray  # (blocks,) rows
     count_y: np.ndarray
@@ -271,12 +271,12 @@ class _KernelSums:
             alone(ys),
         )
 
-    def distance(self, kept: np.ndarray) -> float:
-        """The unbiased squared MMD of the blocks whose entry in `kept` (blocks,) is 1."""
-        n, m = float(kept @ self.count_x), float(kept @ self.count_y)
-        xx = (kept @ self.within_x @ kept - kept @ self.self_x) / (n * (n - 1))
-        yy = (kept @ self.within_y @ kept - kept @ self.self_y) / (m * (m - 1))
-        return float(xx + yy - 2 * (kept @ self.across @ kept) / (n * m))
+    def distance(self, chosen: np.ndarray) -> float:
+        """The unbiased squared MMD of the blocks whose entry in `chosen` (blocks,) is 1."""
+        n, m = float(chosen @ self.count_x), float(chosen @ self.count_y)
+        xx = (chosen @ self.within_x @ chosen - chosen @ self.self_x) / (n * (n - 1))
+        yy = (chosen @ self.within_y @ chosen - chosen @ self.self_y) / (m * (m - 1))
+        return float(xx + yy - 2 * (chosen @ self.across @ chosen) / (n * m))
 
     def error_between_equals(self) -> float:
         """The standard error if the sets were alike: pairs of blocks then vary as if they were independent."""
@@ -315,7 +315,7 @@ def kernel_interval(a: Tensor, b: Tensor) -> Interval:
 
 
 def face_distance(real: Images, generated: Images, rng: np.random.Generator) -> Interval:
-    """The unbiased squared MMD of `face_features`, with its interval; covers 0 where the sets cannot be told apart.
+    """The unbiased squared MMD of `face_features`, with its interval; covers 0 where the sets cannot be distinguished.
 
     Args:
         real: At least 40 faces (n, 3, h, w) in [0, 1].

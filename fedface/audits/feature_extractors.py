@@ -5,7 +5,7 @@ brings, such as Inception's pool3, which published FID and KID use. Nothing is e
 identity of its features (the settings and the SHA-256 of the very bytes that ran), so that metrics of different
 features are not compared.
 
-What trusting a file means: a TorchScript file is a program. It cannot call Python, but it can do all that
+A TorchScript file is a program. It cannot call Python, but it can do all that
 torch's operators can, which includes reading files, writing to mapped ones and filling the memory; open only
 files that you would also run. An ONNX file is a list of layers that OpenCV's C++ parser reads: no program, yet
 a hostile one can aim at faults in the parser. `sha256` pins either to the bytes that you have looked at.
@@ -100,7 +100,7 @@ FeatureSource = ColourFeatures | OnnxFeatures | TorchScriptFeatures
 class FeatureIdentity:
     """Which features a metric was computed from. Metrics may be compared where identities are equal."""
 
-    name: str  # kind and settings, in words; no path
+    name: str  # kind and settings, as text; no path
     sha256: str  # of the network's file; empty for fixed mathematics, which has none
 
     def __str__(self) -> str:
@@ -179,13 +179,17 @@ class NetworkExtractor:
         count, batch, name = len(part), self._source.batch, self._source.path.name
         # A last batch of another size would make OpenCV plan the network anew, so it is filled up.
         full = part[torch.arange(batch).clamp(max=count - 1)]
-        answer = self._forward(_prepare(full, self._source))
-        if answer.ndim < 2 or len(answer) != batch:
+        features = self._forward(_prepare(full, self._source))
+        if features.ndim < 2 or len(features) != batch:
             raise WeightsError(
-                f"{name}: expected one row for each of {batch} faces, got shape {tuple(answer.shape)}; give a batch "
+                f"{name}: expected one row for each of {batch} faces, got shape {tuple(features.shape)}; give a batch "
                 "of 1 if the network was exported for one face, or choose another output"
             )
-        rows = answer[:count].double().flatten(2).mean(dim=2) if answer.ndim > 2 else answer[:count].double()
+        rows = (
+            features[:count].double().flatten(2).mean(dim=2)
+            if features.ndim > 2
+            else features[:count].double()
+        )
         if not rows.isfinite().all():
             raise WeightsError(f"{name} returned numbers that are not finite; check mean and std")
         return rows
@@ -229,10 +233,10 @@ def _open_torchscript(source: TorchScriptFeatures) -> NetworkExtractor:
 
     def forward(x: Tensor) -> Tensor:
         try:
-            answer = network(x)
+            features = network(x)
         except (RuntimeError, torch.jit.Error) as cause:
             raise WeightsError(f"{name} does not accept images of shape {tuple(x.shape)}") from cause
-        several = list(answer) if isinstance(answer, tuple | list) else [answer]
+        several = list(features) if isinstance(features, tuple | list) else [features]
         if source.output >= len(several) or not isinstance(several[source.output], Tensor):
             raise WeightsError(f"{name}: output {source.output} is not among its {len(several)} tensors")
         chosen: Tensor = several[source.output]

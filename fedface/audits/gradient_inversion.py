@@ -34,7 +34,7 @@ GradientOf = Callable[[Images], Vector]
 # Published step sizes and weights assume images normalised to about zero mean and unit variance, so the
 # search moves in units of a quarter of the pixel range: image = 1/2 + search / 4.
 CENTRE, UNIT = 0.5, 0.25
-FULL_ITERATIONS = 300  # of a search; one with fewer that finds nothing is no evidence
+FULL_ITERATIONS = 300  # of a search; with fewer, finding nothing is not evidence
 _NUMBERS_AT_ONCE = 100_000_000  # of updates in memory
 PSNR_CEILING = 100.0  # dB; equal images have no finite PSNR
 

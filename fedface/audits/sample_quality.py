@@ -83,7 +83,7 @@ class Frechet:
     """The Frechet distance three times, because a few faces alone make it large. Squared units of the features."""
 
     plain: float  # between half of the real faces and as many generated ones; biased upwards
-    floor: float  # between the two halves of the real faces: what a perfect set scores at that count
+    floor: float  # between the two halves of the real faces: the score of a perfect set at that count
     count: int  # faces on each side of both
     limit: Interval | InsufficientSamples  # extrapolated to infinitely many faces; may fall below 0
 
@@ -97,7 +97,7 @@ class ManifoldMetrics:
     # Mean number of real balls around a generated face, over k; 1 is expected of equal sets.
     density: Interval
     coverage: Interval  # share of real balls with a generated face in them
-    coverage_of_equals: float  # what is expected of a perfect set; see `equal_coverage`
+    coverage_of_equals: float  # expected of a perfect set; see `equal_coverage`
     span: int  # faces a side in each draw: compare only metrics of one span
 
 
@@ -109,7 +109,7 @@ class GroupQuality:
 
     real: int  # faces
     generated: int
-    kernel: Interval  # unbiased squared MMD; covers 0 where the sets cannot be told apart
+    kernel: Interval  # unbiased squared MMD; covers 0 where the sets cannot be distinguished
     frechet: Frechet
     neighbours: ManifoldMetrics
 

@@ -74,15 +74,15 @@ def benchmark(
         else LabelledProbe(folder=photos, set=subset, label=label, per_group=per_group)
     )
     torch.set_num_threads(1)
-    words = ["fedface", "benchmark"]
+    arguments = ["fedface", "benchmark"]
     for name in method or ():
-        words += ["--method", name]
-    words += ["--photos", public_path(photos), "--label", label] if photos else []
-    words += ["--subset", subset] if subset else []
-    words += [] if light_fraction is None else ["--light-fraction", f"{light_fraction:g}"]
-    words += ["--checkpoint", public_path(checkpoint)] if checkpoint else []
-    words += ["--per-group", str(per_group), "--faces", str(faces), "--factor", str(factor)]
-    words += ["--downscale", downscale, "--seed", str(seed)]
+        arguments += ["--method", name]
+    arguments += ["--photos", public_path(photos), "--label", label] if photos else []
+    arguments += ["--subset", subset] if subset else []
+    arguments += [] if light_fraction is None else ["--light-fraction", f"{light_fraction:g}"]
+    arguments += ["--checkpoint", public_path(checkpoint)] if checkpoint else []
+    arguments += ["--per-group", str(per_group), "--faces", str(faces), "--factor", str(factor)]
+    arguments += ["--downscale", downscale, "--seed", str(seed)]
     with locked_folder(out, "benchmark"), progress_bars() as bars:
         bars.stage("probe", 0)
         record, pictures = benchmark_methods(
@@ -92,7 +92,7 @@ def benchmark(
             faces_per_photo=faces,
             seed=seed,
             progress=bars,
-            command=shlex.join(words),
+            command=shlex.join(arguments),
         )
         path = method_report.write(record, pictures, out)
     if json_out:

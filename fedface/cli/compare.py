@@ -20,7 +20,7 @@ def compare(
         Path | None, typer.Option(help="Folder of the comparison; default: runs/NAME, or the next free one.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted comparison; finished runs are kept.")
+        bool, typer.Option("--resume", help="Continue an interrupted comparison; finished runs are reused.")
     ] = False,
     set: SetOption = None,
     json_out: JsonOption = False,

@@ -35,8 +35,8 @@ from fedface.errors import ConfigError, FedfaceError
 from fedface.text import sanitize_text
 
 if sys.stdout is None or sys.stderr is None:  # closed by the shell: `>&-`
-    nobody = open(os.devnull, "w", encoding="utf-8")
-    sys.stdout, sys.stderr = sys.stdout or nobody, sys.stderr or nobody
+    discarded = open(os.devnull, "w", encoding="utf-8")
+    sys.stdout, sys.stderr = sys.stdout or discarded, sys.stderr or discarded
 # A pipe has no width; rich's default of 80 columns would fold every table.
 # Names of files, photos and weights may come from others: brackets and colons in them are text, not markup.
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
@@ -82,7 +82,7 @@ class ProgressBars:
     def stage(self, name: str, steps: int) -> None:
         """Start the next stage; 0 steps: its length is unknown."""
         self._finish()
-        name = sanitize_text(name, LONGEST)  # it may hold the name of somebody else's photo
+        name = sanitize_text(name, LONGEST)  # it may hold the name of another person's photo
         if not self._live:
             self._progress.console.print(f"{name} ...", highlight=False)
         self._task = int(self._progress.add_task(name, total=steps))
@@ -186,10 +186,9 @@ def _one_interrupt() -> Iterator[None]:
 
 def _call(app: typer.Typer) -> None:
     try:
-        for number, word in enumerate(sys.argv[1:], start=1):
-            if not word or re.fullmatch(
-                "--[a-z-]+=", word
-            ):  # such as --out "$UNSET", which would mean this folder
+        for number, argument in enumerate(sys.argv[1:], start=1):
+            # Such as --out "$UNSET", which would mean this folder.
+            if not argument or re.fullmatch("--[a-z-]+=", argument):
                 raise ConfigError(
                     f"argument {number} of the command is empty; give it a value or leave it out"
                 )
@@ -225,7 +224,7 @@ def _call(app: typer.Typer) -> None:
 
 
 def _discard_output() -> None:
-    """What is still to be printed goes nowhere, so that Python does not try again when it ends."""
+    """Discard further output, so that Python does not try to flush it when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -237,7 +236,7 @@ def _fail(reason: str) -> NoReturn:
 def _say_stopping() -> None:
     notes.print(
         "stopping after the current computation, which can take a minute; press Ctrl-C again to stop at once. "
-        "Finished work is kept either way.",
+        "Finished work is not lost either way.",
         highlight=False,
         soft_wrap=True,
     )
@@ -245,7 +244,7 @@ def _say_stopping() -> None:
 
 def _say_interrupted() -> None:
     notes.print(
-        "interrupted; finished work is kept. Continue a run with --resume and the same options; repeat a command on "
+        "interrupted; finished work is stored. Continue a run with --resume and the same options; repeat a command on "
         "photos with the same options.",
         highlight=False,
         soft_wrap=True,

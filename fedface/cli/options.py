@@ -64,11 +64,16 @@ def command_line(
     arguments: Sequence[str] = (),
 ) -> str:
     """The shell command that repeats this call."""
-    words = ["fedface", command, public_path(experiment), *(public_path(Path(word)) for word in arguments)]
-    words += ["--photos", public_path(photos)] if photos else []
+    texts = [
+        "fedface",
+        command,
+        public_path(experiment),
+        *(public_path(Path(argument)) for argument in arguments),
+    ]
+    texts += ["--photos", public_path(photos)] if photos else []
     for key, value in changes.items():
-        words += ["--set", f"{key}={public_path(Path(value)) if key == 'base' else value}"]
-    return shlex.join(words)
+        texts += ["--set", f"{key}={public_path(Path(value)) if key == 'base' else value}"]
+    return shlex.join(texts)
 
 
 def public_path(path: Path) -> str:

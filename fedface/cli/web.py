@@ -50,4 +50,4 @@ def web(
         if open_browser:
             Timer(0.5, webbrowser.open, [address]).start()
         serve(app, listening)
-    say("stopped; photos and generated faces were kept in memory only")
+    say("stopped; photos and generated faces were in memory only")

@@ -95,8 +95,7 @@ def show(file: FileArgument, json_out: JsonOption = False) -> None:
     for line in describe_model(facts):
         say(line)
     for key, value in model.notes.items():
-        words = f"{sanitize_text(key.replace('_', ' '))}: {shorten(value)}"
-        say(words)
+        say(f"{sanitize_text(key.replace('_', ' '))}: {shorten(value)}")
 
 
 @weights.command("hash", epilog=example("fedface weights hash gan32.safetensors"))

@@ -63,7 +63,7 @@ def describe_import(found: ImportedModel, facts: ModelSummary) -> list[str]:
         more = f" and {len(found.ignored) - 20:,} more" if len(found.ignored) > 20 else ""
         lines.append(f"ignored: {', '.join(found.ignored[:20])}{more}")
     remarks = found.notes.get("remarks")
-    # Notes may be written by somebody else.
+    # Notes may come from another author.
     return lines + [f"note: {shorten(remark)}" for remark in (remarks if isinstance(remarks, list) else ())]
 
 

@@ -110,18 +110,14 @@ def compare_runs(
         features=f"Distances, precision and recall are computed from {open_features(ColourFeatures()).identity.name}: "
         "they cannot be compared with published FID or KID, only with each other.",
         reference=_metrics(truth.second, "reference", truth, first.seed),
-        runs=tuple(_without_twins(runs)),
+        # Each once: the untrained model belongs to every epsilon of its method.
+        runs=tuple({(run.method, run.level, run.seed): run for run in runs}.values()),
     )
     progress.stage("pictures", 1)
     comparison_report.write(record, folder)
     _draw(record, sweep, folder, truth)
     progress.advance(1)
     return record
-
-
-def _without_twins(runs: list[ComparedRun]) -> list[ComparedRun]:
-    """Each (method, level, seed) once: the untrained model belongs to every epsilon of its method."""
-    return list({(run.method, run.level, run.seed): run for run in runs}.values())
 
 
 def _one(
@@ -255,7 +251,7 @@ def _devices(experiment: Experiment) -> str:
                 "pixels, so every metric includes light and camera."
             )
         case _:
-            return f"{start}: {'; '.join(dict.fromkeys(words for _, words, _ in everyone))}."
+            return f"{start}: {'; '.join(dict.fromkeys(text for _, text, _ in everyone))}."
 
 
 def _draw(record: ComparisonRecord, sweep: Sweep, folder: Path, truth: _Reference) -> None:

@@ -38,29 +38,31 @@ from fedface.upsampling.methods import check_method
 BASE = "base"  # the model that the experiment starts from
 
 
-def load_candidates(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
+def load_candidates(candidates: Sequence[str], experiment: Experiment) -> dict[str, Model]:
     """The models by name: checkpoints, or "base" for the experiment's own.
 
     Raises:
         ConfigError: Fewer than two, two of one name, or a model that the experiment's method cannot use.
         WeightsError: A file cannot be read.
     """
-    if len(words) < 2:
-        raise ConfigError(f"a ranking needs at least two candidates, got {len(words)}")
+    if len(candidates) < 2:
+        raise ConfigError(f"a ranking needs at least two candidates, got {len(candidates)}")
     models: dict[str, Model] = {}
-    for word in words:
-        model = experiment.start() if word == BASE else load_model(Path(word))
-        name = word if word == BASE else _name_of(Path(word))
+    for candidate in candidates:
+        model = experiment.start() if candidate == BASE else load_model(Path(candidate))
+        name = candidate if candidate == BASE else _name_of(Path(candidate))
         if name in models:
             raise ConfigError(f"two candidates are called {name}; rename one of the files")
         if isinstance(model.architecture, GeneratorArchitecture):
-            raise ConfigError(f"{word}: devices evaluate only models that they could also train, see docs")
+            raise ConfigError(
+                f"{candidate}: devices evaluate only models that they could also train, see docs"
+            )
         try:
             check_method(
                 experiment.method_for(model), model, experiment.upsampling.downscale, size=model.size
             )
         except ConfigError as error:
-            raise ConfigError(f"{word}: {error}") from error
+            raise ConfigError(f"{candidate}: {error}") from error
         models[name] = model
     return models
 

@@ -254,10 +254,10 @@ def _audit(
         devices=tuple(
             DeviceRecord(
                 id=name,
-                description=words,
+                description=description,
                 photos=NotMeasured(not_measured="private to its owner") if count is None else count,
             )
-            for name, words, count in describe_devices(experiment)
+            for name, description, count in describe_devices(experiment)
         ),
         metrics_before=sample_metrics(base, reference, experiment.seed),
         bias_before=before.bias,

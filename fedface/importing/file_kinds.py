@@ -29,7 +29,7 @@ _TEXT_PICKLE: Final = re.compile(r"\((?:dp?[0-9]|lp?[0-9]|[dlicSVp(])|[]}]|c[\w.
 
 
 def kind_without_weights(start: bytes) -> str:
-    """What a file is and what to do about it, as the end of a sentence; "" if it may hold weights.
+    """The kind of a file and the remedy, as the end of a sentence; "" if it may hold weights.
 
     Args:
         start: The first `START` bytes of the file.
@@ -64,8 +64,8 @@ def _kind_of_text(text: str) -> str:
                 f"is a web page{shown}, not weights: download again, from the link to the file itself; where a "
                 "server limits downloads, open the page in a browser, or wait a day"
             )
-        words = " ".join(re.sub("<[^>]*>", " ", text).split())
-        return f"is XML ({sanitize_text(words, 60)}), not weights: download again"
+        content = " ".join(re.sub("<[^>]*>", " ", text).split())
+        return f"is XML ({sanitize_text(content, 60)}), not weights: download again"
     if re.match(r'\{\s*["}]|\[\s*["{\]]', text):
         return f"is JSON ({sanitize_text(' '.join(text.split()), 60)}), not weights: download again"
     if _TEXT_PICKLE.match(text):

@@ -64,7 +64,7 @@ class ImportedModel:
     generator: StyleGAN2 | StyleGAN1 | None
     discriminator: Discriminator | None
     notes: Mapping[str, Any]  # the file's name and hash, and remarks, for the model's notes
-    ignored: tuple[str, ...]  # names of what was in the file and is not used
+    ignored: tuple[str, ...]  # names of unused tensors in the file
 
     def model(self) -> Model:
         """A model: a GAN where the file has a discriminator, a generator alone otherwise.
@@ -223,7 +223,7 @@ def _pulse(files: list[ForeignFile], notes: dict[str, Any]) -> ImportedModel:
         raise WeightsError(
             f"holds a StyleGAN1 without its {missing}; give both: fedface weights import SYNTHESIS --mapping MAPPING"
         )
-    remarks = ["noise maps are not in such files; fixed ones were drawn"]
+    remarks = ["noise maps are not in such files; fixed ones were sampled"]
     generator = _stylegan1(tensors, remarks)
     return ImportedModel(
         kind="stylegan1 as PULSE reads it",
@@ -240,7 +240,7 @@ def _first_of(content: ForeignFile, names: Iterable[str], has: str) -> str | Non
 
 
 def _ignored(content: ForeignFile, used: Collection[str | None]) -> tuple[str, ...]:
-    """Names of what is not used, safe for a terminal."""
+    """Names of unused tensors, safe for a terminal."""
     left = sorted({*content.networks, *content.tensors}.difference(used))
     return (*(sanitize_text(name, 40) for name in left), *content.ignored)
 
@@ -271,7 +271,7 @@ def _generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
     )
     rng = torch.Generator().manual_seed(FIXED_SEED)
     if not any(name.endswith(".noise_const") for name in tensors):
-        remarks.append("noise maps are not in the file; fixed ones were drawn")
+        remarks.append("noise maps are not in the file; fixed ones were sampled")
         tensors |= {
             f"synthesis.b{side}.{conv}.noise_const": torch.randn(side, side, generator=rng)
             for side in sides

@@ -131,7 +131,7 @@ def read_pickle(
             own.
 
     Raises:
-        PickleRefused: The bytes are no whole pickle, exceed the budget, or name something not in `ALLOWED_GLOBALS`.
+        PickleRefused: The bytes are cut short, exceed the budget, or name something not in `ALLOWED_GLOBALS`.
     """
     machine = _Machine(budget, persistent, nested)
     try:
@@ -230,7 +230,7 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise PickleRefused("names a class by something that is no text")
+            raise PickleRefused("names a class by something other than text")
         if f"{module}.{name}" not in ALLOWED_GLOBALS:
             _refuse_global(f"{module}.{name}")
         self.push(PickledGlobal(f"{module}.{name}"))
@@ -279,7 +279,7 @@ class _Machine:
                 self.budget.spend(steps=len(pairs))  # one list may be named again and again
                 return [value for pair in pairs for value in pair]
             case _:
-                raise PickleRefused(f"makes {name} of something that is no list of pairs")
+                raise PickleRefused(f"makes {name} of something other than a list of pairs")
 
     def _reconstructed(self, args: tuple[Any, ...]) -> Any:
         """How protocols 0 and 1 write objects: a class, the built-in class under it, and the value of that."""
@@ -308,7 +308,7 @@ def _dtype(args: tuple[Any, ...]) -> PickledCall:
     """Arrays of numbers only: an array of objects is filled by unpickling each."""
     code = args[0] if args and isinstance(args[0], str) else "?"
     if code[:4].lstrip("<>=|") not in _NUMBERS or len(code) > 3:
-        raise PickleRefused(f"asks for numpy.dtype({sanitize_text(code, 20)!r}), which is no kind of number")
+        raise PickleRefused(f"names numpy.dtype({sanitize_text(code, 20)!r}), which is not a numeric type")
     return PickledCall("numpy.dtype", args)
 
 

@@ -60,7 +60,7 @@ def read_storages(stream: Any, budget: Budget) -> Any:
     """
     storages: dict[str, Storage] = {}
     if read_pickle(stream, budget) != 1001:
-        raise PickleRefused("is of a version of torch.save that nobody uses")
+        raise PickleRefused("is of a version of torch.save that is not supported")
     system = read_pickle(stream, budget)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise PickleRefused("was written on a machine with another order of bytes")

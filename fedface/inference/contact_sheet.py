@@ -169,10 +169,10 @@ def contact_sheet(
             f"the photo's face\nMonk {float(own.monk[0]):.1f}",
         )
         sheet.picture(_LEFT, 46, _SIDE, shown.truth[0])
-        words = "\n".join(textwrap.wrap(format_degradation(shown.degradation), 24))
+        text = "\n".join(textwrap.wrap(format_degradation(shown.degradation), 24))
         sheet.text(_LEFT + _CELL, 10, f"input:\n{side} x {side} pixels")
         sheet.picture(_LEFT + _CELL, 46, _SIDE, shown.low[0])
-        sheet.text(_LEFT + _CELL, 46 + _SIDE + 6, words, small=True)
+        sheet.text(_LEFT + _CELL, 46 + _SIDE + 6, text, small=True)
         if tones is not None:
             generated = torch.cat(
                 [measure_tone(output.upsampled.images[0]).monk for output in content.outputs]
@@ -205,8 +205,8 @@ def _row(sheet: _Sheet, y: int, output: MethodOutput, degradation: Degradation) 
     x, spread = _LEFT + generated.faces_per_photo * _CELL, pixel_std(generated.images[0])
     sheet.heat(x, y, _SIDE, spread)
     mean, most = 100 * float(spread.mean()), 100 * float(spread.max())
-    words = f"where they differ: {mean:.0f} %\non average, bright: {most:.0f} %"
-    sheet.text(x, y + _SIDE + 8, words, small=True)
+    text = f"where they differ: {mean:.0f} %\non average, bright: {most:.0f} %"
+    sheet.text(x, y + _SIDE + 8, text, small=True)
 
 
 def _single_row(sheet: _Sheet, y: int, outputs: Sequence[MethodOutput], degradation: Degradation) -> None:

@@ -22,7 +22,7 @@ from fedface.errors import ConfigError, LibraryError, PhotoError
 from fedface.inference.contact_sheet import ContactSheet, MethodRunner, contact_sheet, show
 from fedface.photos.face_alignment import Detector
 from fedface.photos.face_crops import LONGEST_SIDE, FaceCrop, face_crops, whole_image
-from fedface.photos.image_io import PICTURE_MARK, Photo, look_at
+from fedface.photos.image_io import PICTURE_MARK, Photo, classify_file
 from fedface.photos.photo_files import OWN_PICTURES, describe_skipped, walk
 from fedface.photos.sandboxed_decoder import SandboxedDecoder
 from fedface.upsampling.degradation import Degradation
@@ -108,13 +108,13 @@ def images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
     skipped: Counter[str] = Counter()
     pictures = []
     for found in walk(folder, skipped):
-        match "other" if found.status is None else look_at(found.path):
+        match "other" if found.status is None else classify_file(found.path):
             case "picture":
                 pictures.append(found.path)
             case "made by fedface":
                 skipped[OWN_PICTURES] += 1
             case "other":
-                skipped[found.reason or "files that are no pictures"] += 1
+                skipped[found.reason or "files that are not pictures"] += 1
     if not pictures:
         raise LibraryError(
             f"{folder}: no picture in this folder ({describe_skipped(skipped) or 'it is empty'})"

@@ -166,7 +166,7 @@ def save_model(path: Path, model: Model) -> None:
 
     Raises:
         WeightsError: The path names a folder, or lies within a file.
-        ConfigError: There is a file that is no model of fedface; it is as it was.
+        ConfigError: An existing file is not a model of fedface; it is unchanged.
     """
     check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def load_model(path: Path) -> Model:
     """Read a model from a file that `save_model` wrote.
 
     Raises:
-        WeightsError: The file is missing, is no safetensors file, is of another kind, lacks or adds a weight,
+        WeightsError: The file is missing, is not a safetensors file, is of another kind, lacks or adds a weight,
             or has one of another shape or one that is not finite.
     """
     if not path.is_file():

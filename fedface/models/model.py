@@ -208,7 +208,7 @@ def build_model(
 
     Args:
         architecture: Which networks, and how large.
-        rng: Where the weights are drawn from; torch's own stream if None, for weights that are assigned next.
+        rng: Where the weights are sampled from; torch's own stream if None, for weights that are assigned next.
         notes: How it was trained or where it came from.
     """
     networks = {name: NETWORKS[type(config)](config, rng) for name, config in vars(architecture).items()}

@@ -27,7 +27,7 @@ class NetworkSummary:
 class ModelSummary:
     """A model."""
 
-    family: str  # in words
+    family: str  # a description
     size: int  # height and width of its images in pixels
     networks: tuple[NetworkSummary, ...]
     hash: str  # of all weights, as in `weights_hash`

@@ -50,7 +50,7 @@ UNREADABLE = CaptureDate(None, "unreadable")
 def parse_date(text: str) -> CaptureDate:
     """The year-first dialects: any separator or none, 12-hour clocks, ISO 8601; an offset from UTC is left out.
 
-    A time that cannot be read leaves the day; a day outside 1900 to 2100 or of no calendar is unreadable.
+    A time that cannot be read leaves the day; a day outside 1900 to 2100 or not in the calendar is unreadable.
     """
     found = _DAY.fullmatch(" ".join(text[:MAX_DATE].split()))
     if found is None:

@@ -1,4 +1,4 @@
-"""Face detectors: what comes with the packages we install, and a better one that the user supplies.
+"""Face detectors: those of the installed packages, and a better one that the user supplies.
 
 A detector that misses some people's faces is where bias enters a
 photo library first (docs/detection.md has the measured rates), so the default never uses the cheap detector
@@ -156,7 +156,7 @@ class YuNetDetector:
 
     @property
     def name(self) -> str:
-        return f"yunet {YUNET_SIDE} px, threshold {self._threshold:g}, two looks"
+        return f"yunet {YUNET_SIDE} px, threshold {self._threshold:g}, two sizes"
 
     def find(self, pixels: np.ndarray) -> list[Face]:
         """All faces that score above the threshold, largest first."""
@@ -184,7 +184,7 @@ def _yunet_face(row: np.ndarray) -> Face:
 
 
 def _opencv() -> ModuleType:
-    """OpenCV is optional, so it is looked for only when somebody brings a YuNet file."""
+    """OpenCV is optional, so it is imported only for a YuNet file."""
     try:
         cv2 = importlib.import_module("cv2")
     except ImportError as cause:

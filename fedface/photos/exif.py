@@ -1,6 +1,6 @@
 """When, where and with which camera a photo was taken, from metadata that may be missing, broken or hostile.
 
-What can be read by half, or is disowned by the camera, is unknown, never taken for true.
+Values that are incomplete, or marked invalid by the camera, count as unknown.
 Source: CIPA DC-008 (Exif 2.32), tables 4 to 15.
 """
 

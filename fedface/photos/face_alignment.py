@@ -138,7 +138,7 @@ def align(pixels: np.ndarray, landmarks: np.ndarray, size: int) -> np.ndarray:
         uint8, shape (size, size, 3). A face smaller than the crop is enlarged smoothly.
 
     Raises:
-        ValueError: The landmarks are those of no face in this picture.
+        ValueError: The landmarks are not those of a face in this picture.
     """
     if size < 1:
         raise ValueError(f"size must be >= 1, got {size}")

@@ -1,4 +1,4 @@
-"""The faces of one photo, cut out and upright, or why there is none: for `fedface upsample` and the local page.
+"""The faces of one photo, cropped and upright, or the reason for having none: for `upsample` and the local page.
 
 Unlike a scan, this takes the time to look for faces in all four quarter turns of the photo.
 """
@@ -16,9 +16,7 @@ from fedface.photos.face_alignment import Detector, Face, align, alignment_side,
 from fedface.photos.image_io import Photo, cut_square
 
 LONGEST_SIDE = 1600  # pixels in which faces are looked for
-MIN_FACE_SIDE = (
-    64  # a square picture of at most this side is taken as a face already, aligned and low-resolution
-)
+MIN_FACE_SIDE = 64  # a square picture of at most this side is taken as an aligned low-resolution face
 TURNS = (0, 90, 270, 180)  # degrees counterclockwise, the usual ones first
 _SURE = 1.0  # a face that scores less may be a face lying on its side: the photo is looked at in every turn
 
@@ -27,7 +25,7 @@ _SURE = 1.0  # a face that scores less may be a face lying on its side: the phot
 class FaceCrop:
     """One face of one photo."""
 
-    crop: np.ndarray  # (s, s, 3) uint8: FFHQ's crop at the size asked for, or a small picture's own pixels
+    crop: np.ndarray  # (s, s, 3) uint8: FFHQ's crop at the requested size, or a small picture's own pixels
     number: int  # from 1, the largest face first
     people: int  # faces found in the photo; 0 where the picture was taken as a face already
     rotation: int  # degrees counterclockwise by which the photo had to be turned
@@ -60,7 +58,7 @@ def face_crops(
     if min(height, width) < min(smallest, MIN_FACE_SIDE):
         raise LibraryError(
             f"{name}: only {width} x {height} pixels, fewer than the {smallest} x {smallest} that are shown; "
-            "give a larger picture, or ask for fewer pixels"
+            "give a larger picture, or choose fewer pixels"
         )
     finder = detector()
     seen: dict[int, list[Face]] = {}

@@ -39,7 +39,7 @@ from fedface.photos.capture_date import Precision
 from fedface.photos.exif import ExifMetadata, read_exif
 
 MAX_BYTES = 200_000_000
-MAX_PIXELS = 100_000_000  # of a picture that is wanted whole
+MAX_PIXELS = 100_000_000  # of a picture that is decoded at full size
 # Of one that is shrunk at once, within the memory of the sandbox; a JPEG is decoded at half its size or less.
 MAX_SHRUNK_PIXELS = {"JPEG": 400_000_000, "PNG": 225_000_000, "WebP": 225_000_000, "HEIF": 225_000_000}
 
@@ -61,7 +61,7 @@ PICTURE_SUFFIXES = TIFF_RAWS | {
     ".bmp", ".avif", ".cr3", ".crw", ".raf", ".rw2", ".orf", ".x3f", ".mrw", ".jxl", ".jp2", ".j2k", ".psd",
 }  # fmt: skip
 EMPTY_EXIF = 24  # bytes of an EXIF block without any tag
-HEAD = 4096  # bytes that tell what a file is
+HEAD = 4096  # bytes that identify a file
 SOFTWARE = "fedface"  # in the PNG files that we write, so that no reader of folders takes them for photos
 PICTURE_MARK = f"tEXtSoftware\0{SOFTWARE}"  # in the first bytes of such a file
 
@@ -111,8 +111,8 @@ def sniff(head: bytes) -> str | None:
     return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
 
 
-def look_at(path: Path) -> Literal["picture", "made by fedface", "other"]:
-    """What a regular file claims to be, by its first bytes or its name; a picture that we wrote bears our mark."""
+def classify_file(path: Path) -> Literal["picture", "made by fedface", "other"]:
+    """The kind of a regular file by its first bytes or its name; pictures written by fedface carry a mark."""
     claims = path.suffix.lower() in PICTURE_SUFFIXES
     try:
         with _open_regular(path) as file:
@@ -176,7 +176,7 @@ def content_hash(path: Path) -> bytes:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open a file without ever waiting on a pipe, and refuse what is no regular file or too large."""
+    """Open a file without ever waiting on a pipe, and refuse anything but a regular file of at most MAX_BYTES."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as cause:
@@ -230,20 +230,20 @@ def _decode(file: BinaryIO, kind: str, longest_side: int | None) -> Photo:
 
 def _upright_srgb(image: ImageFile.ImageFile, kind: str, longest_side: int | None) -> Photo:
     width, height = image.size
-    wanted = _shrunk_size(width, height, longest_side or max(width, height))
+    target = _shrunk_size(width, height, longest_side or max(width, height))
     limit = MAX_PIXELS if longest_side is None else MAX_SHRUNK_PIXELS[kind]
     if width * height > limit:
         raise PhotoError(f"more than {limit // 1_000_000} megapixels ({width} x {height})")
     if width * height > MAX_PIXELS:
-        wanted = min(wanted, (width // 2, height // 2))
-    if wanted != (width, height):
-        image.draft(None, wanted)
+        target = min(target, (width // 2, height // 2))
+    if target != (width, height):
+        image.draft(None, target)
     metadata, orientation = _exif(image)
     profile = image.info.get("icc_profile")
     image.load()
     small: Image.Image = image
-    if max(wanted) < max(image.size):
-        small = _eight_bits(image).resize(wanted, Image.Resampling.LANCZOS)
+    if max(target) < max(image.size):
+        small = _eight_bits(image).resize(target, Image.Resampling.LANCZOS)
     turned = _srgb(_eight_bits(small), profile)
     if orientation in _TURNS:
         turned = turned.transpose(_TURNS[orientation])
@@ -276,7 +276,7 @@ def _exif(image: ImageFile.ImageFile) -> tuple[ExifMetadata, int]:
             exif = image.getexif()
             orientation = exif.get(0x0112)  # from XMP, too
             block = image.info.get("exif") or b""
-            if block:  # read again: what was wrong with it the first time, Pillow does not say a second time
+            if block:  # read again: Pillow warns only at the first reading
                 exif = Image.Exif()
                 exif.load(block)
         except DECODER_ERRORS:

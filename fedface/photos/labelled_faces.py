@@ -52,7 +52,7 @@ class LabelledFace:
 
 @dataclass(frozen=True)
 class FaceTable:
-    """One labelled set of pictures; rows are read at once, pictures when asked for."""
+    """One labelled set of pictures; rows are read at once, pictures on request."""
 
     name: str
     pictures: Path  # a folder or a zip
@@ -83,12 +83,12 @@ class FaceTable:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledFaces:
-    """Aligned faces with a group each. What it cannot show is in `missed` and `unreadable`."""
+    """Aligned faces with a group each. `missed` and `unreadable` count the others."""
 
     images: Images  # float32, shape (n, 3, size, size), sRGB in [0, 1]
     landmarks: torch.Tensor  # float32, shape (n, 5, 2), x and y in pixels of the crop
     groups: tuple[str, ...]  # n of them
-    label: str  # what the groups are: a column of the CSV, such as "race"
+    label: str  # a column of the CSV, such as "race"
     files: tuple[str, ...]  # "set/file", n of them
     attributes: tuple[Mapping[str, str], ...]  # all labels of each face
     missed: Mapping[str, int]  # group -> faces left out for want of landmarks
@@ -174,7 +174,7 @@ def read_face_folder(
     unreadable: Counter[str] = Counter()
     crops: list[torch.Tensor] = []
     points: list[np.ndarray] = []
-    kept: list[tuple[str, LabelledFace]] = []
+    read: list[tuple[str, LabelledFace]] = []
     problems: list[str] = []
     for faces in labelled:
         problems += faces.problems
@@ -198,7 +198,7 @@ def read_face_folder(
                 continue
             crops.append(torch.from_numpy(crop).permute(2, 0, 1))
             points.append(landmarks_in_crop(row.landmarks, size))
-            kept.append((faces.name, row))
+            read.append((faces.name, row))
     if not crops:
         first = f"; the first problem: {problems[0]}" if problems else ""
         raise LibraryError(f"none of the faces at {path} has landmarks and a readable picture{first}")
@@ -206,10 +206,10 @@ def read_face_folder(
     return LabelledFaces(
         images=torch.stack(crops).float() / 255.0,
         landmarks=torch.from_numpy(np.stack(points)).float(),
-        groups=tuple(row.labels[label] for _, row in kept),
+        groups=tuple(row.labels[label] for _, row in read),
         label=label,
-        files=tuple(f"{name}/{row.file}" for name, row in kept),
-        attributes=tuple(row.labels for _, row in kept),
+        files=tuple(f"{name}/{row.file}" for name, row in read),
+        attributes=tuple(row.labels for _, row in read),
         missed=dict(missed),
         unreadable=dict(unreadable),
     )
@@ -252,14 +252,14 @@ def _read_set(table: Path, pictures: Path) -> FaceTable:
 
 
 def _encoding(table: Path) -> str:
-    """UTF-8, or what the byte-order mark says."""
+    """UTF-8, or the encoding of the byte-order mark."""
     with table.open("rb") as file:
         marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return "utf-16" if marked else "utf-8-sig"
 
 
 def _cells(line: str) -> list[str]:
-    """The cells of one line; none where it is no CSV."""
+    """The cells of one line; none if it is not CSV."""
     try:
         return next(csv.reader([line.rstrip("\r\n")]), [])
     except csv.Error:
@@ -267,7 +267,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _read_row(where: str, row: dict[str, str], rows: list[LabelledFace]) -> str:
-    """Append the face of a row; what is wrong with it, or nothing."""
+    """Append the face of a row; returns the problem with it, or an empty text."""
     file = row["file"]
     if not file or Path(file).name != file or not file.isprintable():
         return f"file must be a plain name, got {file[:100]!r}; the row is left out"

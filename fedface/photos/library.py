@@ -46,7 +46,7 @@ class LibrarySummary:
     copies: int  # further files of the same photos
     refused: dict[str, int]  # pictures that cannot be used: reason -> count, the commonest reasons first
     made_by_fedface: int  # pictures that fedface wrote, which are not photos
-    other: int  # files that are no pictures
+    other: int  # files that are not pictures
     dated: int
     unreadable_dates: int  # photos with a date that names no day: they count with all of their folder
     earliest: datetime | None
@@ -60,7 +60,7 @@ class LibrarySummary:
 class ScanRow:
     """One line of the table that `fedface photos scan` prints."""
 
-    file: str  # printable; bytes that are no UTF-8 appear as "?"
+    file: str  # printable; bytes that are not UTF-8 appear as "?"
     kind: str
     size: str  # "4032 x 3024"
     taken: str
@@ -167,7 +167,7 @@ class PhotoLibrary:
         """The smallest label of a photo in the occasion of each photo, int64 (n,).
 
         The occasion is that of the whole folder: photos that are not in this library, because they hold no face
-        or lie elsewhere, link others all the same, and may lend an occasion their label.
+        or lie elsewhere, still link others, and may give an occasion its label.
         """
         own, signatures = self._all_read()
         groups = group(signatures, rule)
@@ -235,7 +235,7 @@ def summary(folder: Path, *, cache: Path | None = None, detector: str | None = N
 
 
 def scan_table(folder: Path, *, cache: Path | None = None, detector: str | None = None) -> Iterator[ScanRow]:
-    """The lines of `fedface photos scan` by path, one at a time; what is no picture is left out."""
+    """The lines of `fedface photos scan` by path, one at a time; files that are not pictures are left out."""
     index = PhotoIndex(cache or default_cache(checked_folder(folder)))
     first: dict[bytes, str] = {}
     with index.reading() as connection:

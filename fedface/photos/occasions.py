@@ -140,34 +140,34 @@ def numbered(labels: np.ndarray) -> np.ndarray:
 
 
 class _Groups:
-    """Groups of linked photos so far. Links come in arrays; those inside a group are forgotten at once."""
+    """Groups of linked photos so far. Links come in arrays; those within a group are discarded."""
 
     def __init__(self, count: int) -> None:
         self._of = np.arange(count)
         self._links: list[tuple[np.ndarray, np.ndarray]] = []
-        self._waiting = 0
+        self._pending = 0
 
     def link(self, left: np.ndarray, right: np.ndarray) -> None:
         """Put each left[i] with right[i]."""
         news = self._of[left] != self._of[right]
         self._links.append((self._of[left[news]], self._of[right[news]]))
-        self._waiting += int(np.count_nonzero(news))
-        if self._waiting > MAX_PENDING:
+        self._pending += int(np.count_nonzero(news))
+        if self._pending > MAX_PENDING:
             self.merged()
 
-    def settled(self, left: np.ndarray, right: np.ndarray) -> bool:
-        """Whether all of these hang together already, so that no link among them says anything new."""
+    def all_linked(self, left: np.ndarray, right: np.ndarray) -> bool:
+        """Whether all of these are in one group already, so that links among them add nothing."""
         one = self._of[left[0]]
         return bool((self._of[left] == one).all() and (self._of[right] == one).all())
 
     def merged(self) -> np.ndarray:
         """The group of each photo after all links, numbers below n."""
-        if self._waiting > 0:
+        if self._pending > 0:
             left, right = (np.concatenate(ends) for ends in zip(*self._links, strict=True))
             size, ones = len(self._of), np.ones(len(left), dtype=np.int8)
             graph = coo_array((ones, (left, right)), shape=(size, size))
             self._of = connected_components(graph, directed=False)[1][self._of]
-        self._links, self._waiting = [], 0
+        self._links, self._pending = [], 0
         return self._of
 
 
@@ -223,7 +223,7 @@ def _link_neighbours(
     angle = radius_km / EARTH_KM
     chord = 2.0 * math.sin(angle / 2.0) if angle < math.pi else math.inf
     for rows, columns in _blocks(len(time), np.searchsorted(time, time + gap, side="right")):
-        if groups.settled(number[rows], number[columns]):
+        if groups.all_linked(number[rows], number[columns]):
             continue
         soon = np.abs(time[rows, None] - time[None, columns]) <= gap
         near = cdist(points[rows], points[columns], "sqeuclidean") <= chord**2
@@ -257,7 +257,7 @@ def _link_by_likeness(groups: _Groups, signatures: Sequence[PhotoSignature], ali
     number = np.array(marked)[first]
     across, down = np.ascontiguousarray(distinct.T)
     for rows, columns in _blocks(len(number), np.full(len(number), len(number))):
-        if groups.settled(number[rows], number[columns]):
+        if groups.all_linked(number[rows], number[columns]):
             continue
         apart = np.bitwise_count(across[rows, None] ^ across[None, columns])
         left, right = _pairs(apart <= alike)  # few, and only these need the other half
@@ -275,7 +275,7 @@ def _link_copies(groups: _Groups, signatures: Sequence[PhotoSignature]) -> None:
 
 
 def _link_by_folder(groups: _Groups, signatures: Sequence[PhotoSignature]) -> None:
-    """Nothing tells the undated photos of a folder apart, nor one whose date cannot be read from any other there."""
+    """Link all undated photos of a folder, and all photos of a folder with one whose date cannot be read."""
     first = {
         one.folder: number for number, one in enumerate(signatures) if one.date_precision == "unreadable"
     }

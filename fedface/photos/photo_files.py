@@ -1,6 +1,6 @@
-"""Which files of a folder may be photos: one walk for every reader of folders, which counts what it leaves out.
+"""Which files of a folder may be photos: one walk for every reader of folders, which counts skipped files.
 
-Thumbnails that NAS systems and photo managers keep beside the photos, and what an owner has deleted, are left out with
+Thumbnails that NAS systems and photo managers store beside the photos, and deleted photos, are skipped with
 hidden files and our own pictures. Nothing is changed, links are not followed, and memory holds open folders alone.
 """
 
@@ -27,7 +27,7 @@ THUMBNAIL_FOLDERS = frozenset({
 
 @dataclass(frozen=True)
 class FoundFile:
-    """Something met on the walk: a regular file, or what cannot be looked at, with the reason."""
+    """Something met on the walk: a regular file, or a path that cannot be read, with the reason."""
 
     path: Path
     status: os.stat_result | None
@@ -39,7 +39,7 @@ def walk(folder: Path, skipped: Counter[str], depth: int = 0) -> Iterator[FoundF
 
     Args:
         folder: Where to begin.
-        skipped: Counts by reason what is passed over: a folder as one, whatever it holds.
+        skipped: Counts skipped files and folders by reason; a folder counts as one.
         depth: How deep `folder` lies below the first one.
     """
     if depth > MAX_DEPTH:
@@ -56,7 +56,7 @@ def walk(folder: Path, skipped: Counter[str], depth: int = 0) -> Iterator[FoundF
             try:
                 status = entry.stat(follow_symlinks=False)
             except OSError as cause:
-                yield FoundFile(path, None, f"cannot be looked at: {cause.strerror}")
+                yield FoundFile(path, None, f"cannot be read: {cause.strerror}")
                 continue
             is_folder = stat.S_ISDIR(status.st_mode)
             if is_folder and entry.name.lower() in THUMBNAIL_FOLDERS:

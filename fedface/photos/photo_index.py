@@ -1,4 +1,4 @@
-"""The index of a photo library: what a scan found, in an SQLite file outside the photo folder.
+"""The index of a photo library: the results of scans, in an SQLite file outside the photo folder.
 
 One row a file and detector, keyed by relative path, and valid while the file's size and time of change stay. A row may
 have one crop for training, so that no photo is decoded again for each round; it is deleted with its row, and
@@ -79,11 +79,11 @@ class FileStamp:
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoRecord:
-    """What is known of one file of a library."""
+    """One file of a library."""
 
     path: Path  # relative to the library's folder
     state: FileStamp
-    status: Status  # read · refused (a picture that cannot be used) · own (a picture of ours) · other
+    status: Status  # read · refused (a picture that cannot be used) · own (a picture made by fedface) · other
     reason: str = ""  # why it was refused
     kind: str | None = None
     width: int | None = None  # pixels, upright
@@ -132,15 +132,15 @@ class PhotoIndex:
         except sqlite3.OperationalError as error:
             return "locked" in str(error)
         except sqlite3.Error:
-            return False  # no index at all, which `reading` explains
+            return False  # not an index, which `reading` explains
         return False
 
     @contextmanager
     def writing(self, detector: str) -> Iterator[ScanWriter]:
-        """The writer of one scan; what it recorded is committed however the scan ends.
+        """The writer of one scan; its records are committed however the scan ends.
 
         Raises:
-            LibraryError: The file is no index, or another scan is writing it.
+            LibraryError: The file is not an index, or another scan is writing it.
         """
         try:
             if self.path.is_file() and self.path.stat().st_size and not self._is_ours():
@@ -272,7 +272,7 @@ class ScanWriter:
         )
 
     def save(self) -> None:
-        """Commit what was recorded so far."""
+        """Commit the records so far."""
         self._connection.commit()
 
     def finish(self) -> int:

@@ -3,7 +3,7 @@
 Pixels, EXIF and colour profiles of a stranger's file are parsed in the child alone, under limits on memory and
 processor time, and without the right to write files or to use the network where the system can enforce that
 (fedface/sandbox.py). A child that dies or takes too long is replaced, and the file that it was reading is refused with
-that reason. Requests are lines of JSON, followed by the bytes of a photo that is no file; replies are a length-prefixed
+that reason. Requests are lines of JSON, followed by the bytes of a photo in memory; replies are a length-prefixed
 JSON object of bounded numbers and short texts, and the raw pixels, all checked by the parent.
 One file is decoded ahead, so that decoding and face detection overlap.
 """
@@ -216,7 +216,7 @@ def parse_reply(reply: Any, pixels: bytearray) -> Photo | PhotoError:
             return refusal(_short_text(reply[key], MAX_REASON))
     height, width, channels = (_whole(length, MAX_PIXELS) for length in reply["shape"])
     if channels != 3 or len(pixels) != height * width * 3:
-        raise ValueError(f"{len(pixels)} bytes are no picture of {height} x {width} x {channels}")
+        raise ValueError(f"{len(pixels)} bytes are not a picture of {height} x {width} x {channels}")
     if reply["kind"] not in READ_KINDS:
         raise ValueError("unknown kind")
     taken, place, camera = reply["taken"], reply["place"], reply["camera"]
@@ -318,7 +318,7 @@ def main(arguments: list[str]) -> None:
     _limit(resource.RLIMIT_CORE, 0)
     restrict(read=[Path("/")], write=[], connect=[])
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a decoder prints must not end up among the pixels
+    os.dup2(2, 1)  # output of a decoder must not be mixed with the pixels
     decode_requests(sys.stdin.buffer, replies, limits=limits)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.face_alignment import Detector
-from fedface.photos.image_io import Photo, PhotoUnreadable, content_hash, look_at, shrink
+from fedface.photos.image_io import Photo, PhotoUnreadable, classify_file, content_hash, shrink
 from fedface.photos.occasions import fingerprint
 from fedface.photos.photo_files import walk
 from fedface.photos.photo_index import FileStamp, PhotoIndex, PhotoRecord, ScanWriter, default_cache
@@ -32,18 +32,18 @@ NO_STATE = FileStamp(bytes=0, changed=0)
 
 
 class EmptyLibrary(LibraryError):
-    """A folder that can be read and holds nothing of use: no file, or no face."""
+    """A folder that can be read and holds no file, or no face."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanReport:
-    """What one scan did; also what the progress callback sees on the way."""
+    """The counts of one scan, also given to the progress callback while it runs."""
 
     files: int = 0  # regular files met, hidden ones apart
     reused: int = 0  # known from an earlier scan and unchanged
     read: int = 0  # photos decoded now
     refused: int = 0  # pictures that could not be used, found now
-    other: int = 0  # files that are no pictures, found now
+    other: int = 0  # files that are not pictures, found now
     faces: int = 0  # found now
     gone: int = 0  # known before and no longer there
     seconds: float = 0.0
@@ -158,7 +158,7 @@ class _Scan:
     ) -> None:
         self._root, self._detector, self._writer, self._progress = root, detector, writer, progress
         self._cropper = cropper
-        self._left_out: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
         self._stamps: dict[Path, FileStamp] = {}
         self._uncropped: dict[Path, PhotoRecord] = {}
         self._started = self._saved = time.monotonic()
@@ -166,7 +166,7 @@ class _Scan:
 
     def to_decode(self) -> Iterator[Path]:
         """The files that have to be decoded; all others are recorded on the way."""
-        for found in walk(self._root, self._left_out):
+        for found in walk(self._root, self._skipped):
             self.files += 1
             name = found.path.relative_to(self._root)
             if found.status is None:
@@ -183,7 +183,7 @@ class _Scan:
                     self._uncropped[found.path] = known
                     yield found.path
                 continue
-            match look_at(found.path):
+            match classify_file(found.path):
                 case "picture":
                     self._stamps[found.path] = state
                     yield found.path
@@ -258,7 +258,7 @@ class _Scan:
             gone=gone,
             seconds=time.monotonic() - self._started,
             latest=latest,
-            skipped=dict(self._left_out),
+            skipped=dict(self._skipped),
         )
 
     def _write(self, record: PhotoRecord) -> None:

@@ -26,10 +26,8 @@ MAX_STORED_SIDE = 256  # pixels a side of a stored crop: at most 197 kB a photo
 class PhotoSelection:
     """Which photos of a library may be used: by folder, and by the size of the face."""
 
-    folders: tuple[
-        Path, ...
-    ] = ()  # only what lies in or below these, relative to the library; none: everything
-    exclude_folders: tuple[Path, ...] = ()  # nothing in or below these, whatever `folders` says; in any case
+    folders: tuple[Path, ...] = ()  # only files in or below these, relative to the library; none: all
+    exclude_folders: tuple[Path, ...] = ()  # no file in or below these; letter case is ignored
     min_face_side: float = 32.0  # pixels a side of the largest face's crop in the photo
 
     def __post_init__(self) -> None:

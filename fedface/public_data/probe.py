@@ -71,8 +71,8 @@ def _labelled_probe(probe: LabelledProbe, size: int) -> PublicProbe:
     faces = everyone.select(first_per_group(everyone.groups, probe.per_group))
     unseen = Counter({**everyone.missed}) + Counter({**everyone.unreadable})
     reasons = [
-        f"{words}: " + ", ".join(f"{group} {count}" for group, count in sorted(counts.items()))
-        for words, counts in (("no face found or unreadable", unseen), ("turned away", turned))
+        f"{reason}: " + ", ".join(f"{group} {count}" for group, count in sorted(counts.items()))
+        for reason, counts in (("no face found or unreadable", unseen), ("turned away", turned))
         if counts
     ]
     left_out = (

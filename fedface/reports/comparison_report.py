@@ -87,8 +87,8 @@ class ComparisonRecord:
     command: str
     versions: dict[str, str]
     machine: MachineRecord
-    devices: str  # in words
-    features: str  # on which distances rest, in words
+    devices: str  # in deltas
+    features: str  # on which distances rest, in deltas
     reference: ModelQuality  # of a second set of faces like the devices', as from a perfect generator
     runs: tuple[ComparedRun, ...]
 
@@ -201,9 +201,8 @@ def _guarantee(record: ComparisonRecord) -> str:
     known = [run.epsilon for run in record.runs if isinstance(run.epsilon, Epsilon)]
     if not known:
         return "No run has a privacy guarantee."
-    deltas = sorted({epsilon.delta for epsilon in known})
-    words = ", ".join(format_delta(delta) for delta in deltas)
-    return f"Every other epsilon is an upper bound over all rounds at delta {words}, per {known[0].unit}."
+    deltas = ", ".join(format_delta(delta) for delta in sorted({epsilon.delta for epsilon in known}))
+    return f"Every other epsilon is an upper bound over all rounds at delta {deltas}, per {known[0].unit}."
 
 
 def _reference(record: ComparisonRecord) -> str:

@@ -39,9 +39,9 @@ def kinds(sent: Sequence[Transmission]) -> list[str]:
 
 
 def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
-    """The kinds of content that left, in words."""
+    """The kinds of content that left, in text."""
     there = {line.kind for line in sent}
-    texts = {
+    sentences = {
         "update": "updates: how a network's weights would change, computed from your photos and protected as each line "
         "says",
         "metrics": "metrics: how well a model serves your photos, and how many of them (or of your occasions) have "
@@ -51,7 +51,7 @@ def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
         "refusal": "refusals, each a sentence that says why",
     }
     return [
-        *(words for what, words in texts.items() if what in there),
+        *(text for what, text in sentences.items() if what in there),
         *([f"the name “{device}”, with every reply"] if sent else []),
     ]
 

@@ -46,7 +46,7 @@ class MetricChange:
 def service_change(record: RunRecord) -> MetricChange | None:
     """Whether most groups are served clearly worse, or better, after the run: intervals that do not overlap.
 
-    A gap that shrinks because every group is served as badly as the worst is no improvement. None: neither holds.
+    A gap that shrinks because every group is served as badly as the worst is not an improvement. None: neither holds.
     """
     metric = leading_metric(record)
     if not (

@@ -66,8 +66,8 @@ class BenchmarkRecord:
     command: str
     versions: dict[str, str]
     machine: MachineRecord
-    probe: str  # in words
-    downscale: str  # in words
+    probe: str  # a description
+    downscale: str  # a description
     photos: int
     seed: int
     methods: tuple[MethodMetrics, ...]
@@ -116,7 +116,7 @@ def markdown(record: BenchmarkRecord) -> str:
         for each in record.methods:
             found = _by_group(each, metric)
             lines.append(f"| {each.title} | {' | '.join(str(found[name]) for name in groups)} |")
-    lines += ["", "## In words", ""]
+    lines += ["", "## Summary", ""]
     for each in record.methods:
         lines += [f"- **{each.title}**: {' '.join(each.bias.report.sentences()[:-1])}"]
     lines += ["", "## Limitations", "", *(f"- {limit}" for limit in LIMITS), ""]

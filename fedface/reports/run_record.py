@@ -116,7 +116,7 @@ class BiasRecord:
     kind: ClassVar[str] = "bias"
 
     weights_hash: str
-    probe: str  # which photos, in words
+    probe: str  # which photos, as text
     report: BiasReport
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""One round that leaves the generator as it is and refits the distribution that its latents are drawn from.
+"""One round that leaves the generator as it is and refits the distribution that its latents are sampled from.
 
 Each device estimates the latents of its photos with a public encoder and sends, once, the sum over its photos of a
 count, the latents and their squares (or products), clipped and with Gaussian noise. The server refits the latent

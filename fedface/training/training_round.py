@@ -61,7 +61,7 @@ class TrainingRound(Protocol):
     def per_example_release(self, streams: Streams) -> PerExampleRelease:
         """What one step releases of one photo, before clipping and noise, differentiable in the photo; for audits.
 
-        The attacker is assumed to know what is drawn beside the photo: a flow's times and noises, which on a device
+        The attacker is assumed to know what is sampled beside the photo: a flow's times and noises, which on a device
         are secret. Several photos give the mean.
 
         Args:

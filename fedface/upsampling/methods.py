@@ -216,8 +216,8 @@ def check_method(method: Method, model: Model | None, degradation: Degradation, 
         if isinstance(method, HmcConfig | GuidedFlowConfig):
             measurement_noise(degradation, method.noise_std)
     except ValueError as error:
-        words = f"{format_degradation(degradation)} with the method {name_of(method)}"
-        raise ConfigError(f"{words} does not go with faces of {size} pixels: {error}") from error
+        what = f"{format_degradation(degradation)} with the method {name_of(method)}"
+        raise ConfigError(f"{what} does not support faces of {size} pixels: {error}") from error
     if isinstance(method, BicubicConfig | NearestConfig):
         return
     if model is None or not is_compatible(method, model):

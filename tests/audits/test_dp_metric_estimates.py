@@ -250,7 +250,7 @@ def test_a_better_model_is_ranked_first_and_equal_ones_are_not_ordered(by_group:
     assert found.ties == (found.order[1:],)
     assert all(duel.difference.low < 3.0 < duel.difference.high for duel in found.comparisons if duel.apart)
     sentences = found.sentences()
-    assert "best first: good" in sentences[0] and any("cannot be told apart" in text for text in sentences)
+    assert "best first: good" in sentences[0] and any("cannot be distinguished" in text for text in sentences)
 
 
 @pytest.mark.parametrize("by_group", [False, True])

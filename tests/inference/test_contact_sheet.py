@@ -221,7 +221,7 @@ def test_a_folder_with_another_programs_faces_json_is_read(tmp_path: Path) -> No
     assert [path.relative_to(photos).as_posix() for path in pictures][-1] == "deep/a.png" and len(
         pictures
     ) == 4
-    assert skipped == {"folders of thumbnails or deleted photos": 1, "files that are no pictures": 2}
+    assert skipped == {"folders of thumbnails or deleted photos": 1, "files that are not pictures": 2}
 
 
 class FailsOnGrey:
@@ -253,7 +253,7 @@ def test_an_unusable_photo_is_skipped_and_the_others_are_processed(tmp_path: Pat
 
 def test_a_folder_without_a_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(LibraryError, match=r"no picture in this folder \(1 files that are no pictures\)"):
+    with pytest.raises(LibraryError, match=r"no picture in this folder \(1 files that are not pictures\)"):
         images_in(tmp_path)
     with pytest.raises(LibraryError, match="there is no photo or folder"):
         images_in(tmp_path / "nowhere")

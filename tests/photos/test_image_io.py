@@ -22,7 +22,7 @@ from fedface.errors import PhotoError
 from fedface.photos.exif import read_exif
 from fedface.photos.image_io import (
     PhotoUnreadable,
-    look_at,
+    classify_file,
     png_bytes,
     read_photo,
     sheet,
@@ -188,7 +188,7 @@ def test_a_photo_is_read_by_its_first_bytes_whatever_its_name(tmp_path: Path, na
     Image.fromarray(pixels).save(tmp_path / name, kind, quality=95)
     photo = read_photo(tmp_path / name)
     assert photo.kind == kind and corners_of(photo.pixels) == [RED, GREEN, WHITE, BLUE]
-    assert look_at(tmp_path / name) == "picture"
+    assert classify_file(tmp_path / name) == "picture"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_an_unsupported_format_is_refused_with_the_reason(
     Image.fromarray(four_corners()).save(tmp_path / name, kind)
     with pytest.raises(PhotoError, match=reason):
         read_photo(tmp_path / name)
-    assert look_at(tmp_path / name) == "picture"
+    assert classify_file(tmp_path / name) == "picture"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_raw_and_modern_kinds_are_named_whatever_the_name(
     (tmp_path / name).write_bytes(head + bytes(100))
     with pytest.raises(PhotoError, match=f"^kind not read: {kind}$"):
         read_photo(tmp_path / name)
-    assert look_at(tmp_path / name) == "picture"
+    assert classify_file(tmp_path / name) == "picture"
 
 
 @pytest.mark.parametrize(("width", "height"), [(12000, 9000), (16320, 12240)])

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, NetworkDetector
 from fedface.photos.face_alignment import Face, align
-from fedface.photos.image_io import look_at, png_bytes
+from fedface.photos.image_io import classify_file, png_bytes
 from fedface.photos.library import summary
 from fedface.photos.scan import scan_library
 from fedface.reports.charts import face_grid
@@ -45,13 +45,13 @@ WRITERS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_picture_that_fedface_writes_is_known_whatever_its_name(tmp_path: Path, writer: str) -> None:
     (tmp_path / "holiday.jpg").write_bytes(WRITERS[writer]())
-    assert look_at(tmp_path / "holiday.jpg") == "made by fedface"
+    assert classify_file(tmp_path / "holiday.jpg") == "made by fedface"
 
 
 def test_only_the_mark_makes_a_picture_ours(tmp_path: Path) -> None:
     for software in (None, "Matplotlib", "not fedface"):
         (tmp_path / "a.png").write_bytes(png_bytes(PIXELS, software=software))
-        assert look_at(tmp_path / "a.png") == "picture"
+        assert classify_file(tmp_path / "a.png") == "picture"
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_config_and_network_must_agree_on_the_learner(tmp_path: Path) -> None:
         UpsamplerTrainingConfig(downscale=BicubicPulse(1)).check(SHAPES["styles"])
     with pytest.raises(ConfigError, match="leaves faces at 16 pixels"):
         UpsamplerTrainingConfig(learner="super-resolution", downscale=Pixelate(16)).check(SHAPES["resolver"])
-    with pytest.raises(ConfigError, match="does not go with faces of 16 pixels"):
+    with pytest.raises(ConfigError, match="does not support faces of 16 pixels"):
         UpsamplerTrainingConfig(downscale=Area(5)).check(SHAPES["styles"])
     with pytest.raises(ValueError, match="downscale must add no noise"):
         UpsamplerTrainingConfig(downscale=Chain((Area(4), Noise(0.1))))

@@ -135,7 +135,7 @@ def test_each_family_has_a_default_method(name: str) -> None:
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ConfigError, match="does not go with faces of 16 pixels"):
+    with pytest.raises(ConfigError, match="does not support faces of 16 pixels"):
         make_upsampler(NearestConfig(), None, Area(3), STREAMS, size=16)
     with pytest.raises(ConfigError, match="makes faces of 16 pixels, asked for 32"):
         make_upsampler(PulseConfig(), MODELS["alone"], Area(4), STREAMS, size=32)

@@ -106,7 +106,7 @@ def check_end(started: subprocess.Popen[str]) -> None:
     """The command ends with code 0, without errors, and says what it kept."""
     rest, errors = started.communicate(timeout=30)
     assert started.returncode == 0 and errors == ""
-    assert rest.endswith("stopped; photos and generated faces were kept in memory only\n")
+    assert rest.endswith("stopped; photos and generated faces were in memory only\n")
 
 
 def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_c() -> None:
