@@ -25,8 +25,8 @@ def table(columns: Sequence[Sequence[DetectionRate]]) -> str:
 
 def cell(rate: DetectionRate) -> str:
     """Found of count, the share and its 95 % interval."""
-    low, high = rate.interval
-    return f"{rate.found}/{rate.count} = {100 * rate.rate:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    found = rate.interval
+    return f"{rate.found}/{rate.count} = {100 * found.estimate:.1f} % ({100 * found.low:.1f} to {100 * found.high:.1f})"
 
 
 def main() -> None:

@@ -15,8 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from fedface.reports.charts import GREY_ON_BOTH, INK, STYLE
-from fedface.reports.comparison_charts import COLOURS, png_on_white
+from fedface.reports.charts import COLOURS, GREY_ON_BOTH, INK, STYLE, figure_png
 
 EPSILONS = (8.0, 3.0, 1.0, 0.5)  # from the highest curve to the lowest
 DASHES = ("-", "-", (0, (5, 2)), (0, (1.5, 1.5)))
@@ -57,7 +56,7 @@ def picture() -> bytes:
         axes.set_xlabel("probability before the run that this birthday is among the photos")
         axes.set_ylabel("at most sure afterwards, %")
         canvas.legend(loc="outside right center")
-        return png_on_white(canvas)
+        return figure_png(canvas)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import ClassVar
 
 from fedface.number_format import (
@@ -19,6 +20,7 @@ from fedface.number_format import (
 )
 from fedface.privacy_units import Unit
 
+LEVEL = 0.95  # coverage of every interval
 SMALL_COUNT = 10  # an estimate from fewer photos is flagged, and left out of gaps where larger groups exist
 
 
@@ -87,6 +89,24 @@ class NotMeasured:
 
 
 Measurement = Interval | NotMeasured
+
+
+def rate_interval(successes: float, count: int) -> Interval:
+    """Wilson's 95 % interval of a rate (1927); inside [0, 1] and never of zero width.
+
+    Args:
+        successes: How many photos, 0 <= successes <= count. Shares of several faces of one photo may be
+            summed; the interval is then a little too wide, never too narrow.
+        count: Photos, >= 1.
+    """
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
+    if not 0 <= successes <= count:
+        raise ValueError(f"successes must lie in [0, {count}], got {successes}")
+    p, z2 = successes / count, NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * p * (1 - p) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
+    return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), count)
 
 
 def table_cell(value: Measurement) -> str:

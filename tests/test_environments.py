@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from command_line import caller
 from png_files import write_png
-from tiny import answered_device, started, tiny_experiment, tiny_file, tiny_gan, train_task
+from tiny import SilentProgress, answered_device, started, tiny_experiment, tiny_file, tiny_gan, train_task
 
-from fedface.coordinator.rounds import SilentProgress, run_rounds
+from fedface.coordinator.rounds import run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.device.client import handle_task
 from fedface.errors import ConfigError, LedgerError, LibraryError

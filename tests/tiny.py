@@ -61,6 +61,19 @@ base: BASE
 """
 
 
+class SilentProgress:
+    """Discards all progress."""
+
+    def stage(self, name: str, steps: int) -> None:
+        """Nothing."""
+
+    def advance(self, done: int) -> None:
+        """Nothing."""
+
+    def message(self, sentence: str) -> None:
+        """Nothing."""
+
+
 def tiny_gan(name: str = "tiny") -> Model:
     """Networks of 16 px with random weights; equal names give equal weights."""
     architecture = GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR)

@@ -218,18 +218,15 @@ class Aggregation(Protocol):
 
         Raises AggregationError before anything leaves if the update is not finite or not a vector.
         """
-        ...
 
     def combine(self, payloads: Sequence[Payload]) -> Payload:
         """On the server: the payload of the sum. Needs no key.
 
         Raises AggregationError: no payloads, too many, or different lengths, rounds or parameters.
         """
-        ...
 
     def reveal(self, total: Payload) -> Vector:
         """At a key holder: the SUM (not the mean) of the updates, float32, shape (d,), weight units."""
-        ...
 
 
 def same_shape(payloads: Sequence[Payload], kind: str) -> tuple[int, int, int]:

@@ -20,15 +20,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedface.audits.group_metrics import (
-    Gap,
-    gap_between,
-    mean_interval,
-    metrics_by_group,
-    rate_interval,
-    rates_by_group,
-)
-from fedface.measurements import Interval
+from fedface.audits.group_metrics import Gap, gap_between, mean_interval, metrics_by_group, rates_by_group
+from fedface.measurements import Interval, rate_interval
 from fedface.photos.skin_tone import TONE_BINS, ToneReading, delta_e, measure_tone, srgb_to_lab, tone_bin
 from fedface.tensor_types import Images
 from fedface.upsampling.upsampler import Upsampled

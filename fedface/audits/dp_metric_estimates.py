@@ -24,9 +24,9 @@ from fedface.audits.dp_ratio_estimates import (
     difference_between,
     level_for,
 )
-from fedface.audits.group_metrics import LEVEL, Gap
+from fedface.audits.group_metrics import Gap
 from fedface.errors import AggregationError
-from fedface.measurements import Interval, NotMeasured
+from fedface.measurements import LEVEL, Interval, NotMeasured
 from fedface.tensor_types import Vector
 
 IMPOSSIBLE = 6.0  # standard deviations of noise; two totals in a billion lie further out

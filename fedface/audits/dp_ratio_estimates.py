@@ -20,8 +20,7 @@ from scipy.special import ndtri
 
 from fedface.audits.bias import METRICS, Metric
 from fedface.audits.dp_metrics import RANGED_METRICS
-from fedface.audits.group_metrics import LEVEL
-from fedface.measurements import Interval
+from fedface.measurements import LEVEL, Interval
 
 DP_METRICS: dict[str, Metric] = {
     **{name: METRICS[name] for name in RANGED_METRICS},

@@ -21,8 +21,8 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from fedface.audits.group_metrics import mean_interval, rate_interval
-from fedface.measurements import Interval
+from fedface.audits.group_metrics import mean_interval
+from fedface.measurements import Interval, rate_interval
 from fedface.privacy.accounting import reconstruction_success_bound
 from fedface.privacy.clip_and_noise import clip_l2
 from fedface.privacy.mechanism import ClippedSum, GaussianSum

@@ -3,7 +3,7 @@
 Resampling is over photos, the sampled unit; several faces of one photo are averaged first. The interval covers the
 choice of photos from the same source, not whether that source is representative.
 
-Sources: Efron (1987) for BCa intervals; Wilson (1927) for rates; Games & Howell (1976) for gaps.
+Sources: Efron (1987) for BCa intervals; Games & Howell (1976) for gaps.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import ndtr, ndtri
 
-from fedface.measurements import SMALL_COUNT, Interval, Measurement, NotMeasured
+from fedface.measurements import LEVEL, SMALL_COUNT, Interval, Measurement, NotMeasured, rate_interval
 
 Group = TypeVar("Group", bound=Hashable)
-LEVEL = 0.95  # coverage of every interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +77,6 @@ def mean_interval(values: ArrayLike, rng: np.random.Generator, *, resamples: int
     z = z0 + ndtri([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = np.quantile(means, ndtr(z0 + z / (1 - acceleration * z)))
     return Interval(mean, float(low), float(high), n)
-
-
-def rate_interval(successes: float, count: int) -> Interval:
-    """Wilson's 95 % interval of a rate; inside [0, 1] and never of zero width.
-
-    Args:
-        successes: How many photos, 0 <= successes <= count. Shares of several faces of one photo may be
-            summed; the interval is then a little too wide, never too narrow.
-        count: Photos, >= 1.
-    """
-    if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
-    if not 0 <= successes <= count:
-        raise ValueError(f"successes must lie in [0, {count}], got {successes}")
-    p, z2 = successes / count, float(ndtri((1 + LEVEL) / 2)) ** 2
-    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
-    half = math.sqrt(z2 * p * (1 - p) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
-    return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), count)
 
 
 def _split(values: ArrayLike, groups: Sequence[Group], expected: Sequence[Group]) -> dict[Group, np.ndarray]:

@@ -35,8 +35,7 @@ from fedface.audits.feature_distances import (
     rows_at_once,
 )
 from fedface.audits.feature_extractors import Extractor, FeatureIdentity, FeatureSource, open_features
-from fedface.audits.group_metrics import rate_interval
-from fedface.measurements import Interval, NotMeasured
+from fedface.measurements import Interval, NotMeasured, rate_interval
 from fedface.photos.skin_tone import measure_tone
 from fedface.tensor_types import Images
 

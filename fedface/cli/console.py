@@ -53,6 +53,11 @@ def say(text: str | Table, style: str | None = None) -> None:
     console.print(text, style=style, highlight=False, soft_wrap=isinstance(text, str))
 
 
+def note(text: str) -> None:
+    """Print text on one line of standard error."""
+    notes.print(text, highlight=False, soft_wrap=True)
+
+
 def table_of(*headings: str, title: str | None = None) -> Table:
     """An empty table without a frame."""
     return Table(*headings, box=None, title=title, title_justify="left")
@@ -131,7 +136,7 @@ def one_line(text: str) -> str:
 
 def warn(text: str) -> None:
     """One line on standard error."""
-    notes.print(f"fedface: warning: {one_line(text)}", highlight=False, soft_wrap=True)
+    note(f"fedface: warning: {one_line(text)}")
 
 
 def call(app: typer.Typer) -> None:
@@ -229,23 +234,19 @@ def _discard_output() -> None:
 
 
 def _fail(reason: str) -> NoReturn:
-    notes.print(f"fedface: {one_line(reason)}", highlight=False, soft_wrap=True)
+    note(f"fedface: {one_line(reason)}")
     sys.exit(2)
 
 
 def _say_stopping() -> None:
-    notes.print(
+    note(
         "stopping after the current computation, which can take a minute; press Ctrl-C again to stop at once. "
-        "Finished work is not lost either way.",
-        highlight=False,
-        soft_wrap=True,
+        "Finished work is not lost either way."
     )
 
 
 def _say_interrupted() -> None:
-    notes.print(
+    note(
         "interrupted; finished work is stored. Continue a run with --resume and the same options; repeat a command on "
-        "photos with the same options.",
-        highlight=False,
-        soft_wrap=True,
+        "photos with the same options."
     )

@@ -109,11 +109,12 @@ def audit_detectors(
             rates += measure_detection(faces, finder, per_cell=per_cell)
             bars.advance(number)
     if json_out:
-        print_json([{**asdict(rate), "interval": rate.interval} for rate in rates])
+        print_json([{**asdict(rate), "interval": [rate.interval.low, rate.interval.high]} for rate in rates])
         return
     table = table_of("group", "photos", *(finder.name for finder in finders))
     for group in dict.fromkeys(rate.group for rate in rates):
         row = {rate.detector: rate for rate in rates if rate.group == group}
-        cells = [f"{r.rate:.0%} [{r.interval[0]:.0%}, {r.interval[1]:.0%}]" for r in row.values()]
+        rated = [rate.interval for rate in row.values()]
+        cells = [f"{one.estimate:.0%} [{one.low:.0%}, {one.high:.0%}]" for one in rated]
         table.add_row(group, str(next(iter(row.values())).count), *cells)
     say(table)

@@ -12,13 +12,7 @@ import torch
 from fedface import number_format
 from fedface.aggregation.homomorphic import make_device, make_keys
 from fedface.aggregation.payload import PlainConfig
-from fedface.experiment import (
-    EVALUATIONS,
-    Experiment,
-    LabelledDevices,
-    RemoteDevices,
-    SyntheticDevices,
-)
+from fedface.experiment import EVALUATIONS, Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
 from fedface.models.checkpoint import flatten_parameters
 from fedface.number_format import format_delta
 from fedface.privacy.plan import Plan

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedface.atomic_io import locked_folder
-from fedface.cli.console import notes, print_json, progress_bars
+from fedface.cli.console import note, print_json, progress_bars
 from fedface.cli.options import JsonOption, PhotosOption, SetOption, command_line, parse_changes
 from fedface.errors import ConfigError, RunError
 
@@ -53,13 +53,10 @@ def rank_models(
     # An impossible privacy target is refused before a folder is created.
     dp = ranking_parameters(recipe, len(models))
     if not json_out and isinstance(recipe.privacy, PrivacyTarget):
-        notes.print(
+        note(
             f"{len(models)} models, each evaluated on all photos of {recipe.devices.count} devices; "
-            "together this costs "
-            f"each {recipe.privacy.unit} epsilon {recipe.privacy.epsilon:g} at delta "
-            f"{format_delta(recipe.privacy.delta)}, with noise multiplier {dp.noise_multiplier:.3g}",
-            highlight=False,
-            soft_wrap=True,
+            f"together this costs each {recipe.privacy.unit} epsilon {recipe.privacy.epsilon:g} at delta "
+            f"{format_delta(recipe.privacy.delta)}, with noise multiplier {dp.noise_multiplier:.3g}"
         )
     torch.set_num_threads(1)
     name = f"{recipe.name}-ranking"

@@ -53,16 +53,13 @@ def print_comparison(record: ComparisonRecord, folder: Path) -> None:
     """One row per training method and epsilon."""
     say(record.question, style="bold")
     table = table_of("method", "epsilon", "runs", *(TITLES[metric] for metric in METRICS))
-    for method in record.methods():
-        for level in record.levels():
-            if runs := record.chosen(method, level):
-                cells = [table_cell(record.over_seeds(method, level, metric)) for metric in METRICS]
-                table.add_row(method, level, str(len(runs)), *cells)
+    for method, level, runs in record.rows():
+        cells = [table_cell(record.over_seeds(method, level, metric)) for metric in METRICS]
+        table.add_row(method, level, str(len(runs)), *cells)
     say(table)
     say(
-        "epsilon 0: the public model, not trained; ∞: trained without noise; every other epsilon is "
-        "an upper bound, per "
-        "unit, at the delta in the table's file"
+        "epsilon 0: the public model, not trained; ∞: trained without noise; every other epsilon is an upper bound, "
+        "per unit, at the delta in the table's file"
     )
     say(f"open {folder / 'comparison.md'}")
 

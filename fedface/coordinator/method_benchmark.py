@@ -12,12 +12,12 @@ import torch
 
 from fedface.audits.bias import DARKER_FROM
 from fedface.audits.feature_distances import face_distance
-from fedface.audits.group_metrics import mean_interval, rate_interval
+from fedface.audits.group_metrics import mean_interval
 from fedface.codec import encode
 from fedface.coordinator.rounds import ProgressListener
 from fedface.coordinator.server_metrics import MIN_FACES, MethodEvaluation, evaluate_on_probe, examples
 from fedface.experiment import UpsamplingConfig
-from fedface.measurements import Measurement, NotMeasured
+from fedface.measurements import Measurement, NotMeasured, rate_interval
 from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone
 from fedface.public_data.probe import PublicProbe

@@ -43,28 +43,12 @@ class ProgressListener(Protocol):
 
     def stage(self, name: str, steps: int) -> None:
         """A stage begins that will take `steps` steps."""
-        ...
 
     def advance(self, done: int) -> None:
         """`done` steps of the stage are done."""
-        ...
 
     def message(self, sentence: str) -> None:
         """A message to print."""
-        ...
-
-
-class SilentProgress:
-    """Discards all progress."""
-
-    def stage(self, name: str, steps: int) -> None:
-        """Nothing."""
-
-    def advance(self, done: int) -> None:
-        """Nothing."""
-
-    def message(self, sentence: str) -> None:
-        """Nothing."""
 
 
 def run_rounds(

@@ -249,6 +249,7 @@ def _audit(
     }
     like_devices = None if isinstance(experiment.devices, RemoteDevices) else reference.faces
     parts = _Parts(base, final, probe, like_devices, before, after, baselines, samples)
+    shortened = {attack.record.scores.shortened for attack in attacked} - {""}
     return replace(
         _record(experiment, plan, state, models),
         devices=tuple(
@@ -267,12 +268,8 @@ def _audit(
         attacks=tuple(attack.record for attack in attacked),
         aggregation=tuple(costs),
         pictures=_pictures(folder, parts, attacked),
-        notes=(*_notes(experiment, plan, base), *_shortened(attacked)),
+        notes=(*_notes(experiment, plan, base), *shortened),
     )
-
-
-def _shortened(attacked: list[LeakageFinding]) -> set[str]:
-    return {attack.record.scores.shortened for attack in attacked} - {""}
 
 
 @dataclass(frozen=True)

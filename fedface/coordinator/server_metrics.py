@@ -30,9 +30,9 @@ from fedface.audits.gradient_inversion import (
     attack_update,
     candidate_identification,
 )
-from fedface.audits.group_metrics import mean_interval, rate_interval
+from fedface.audits.group_metrics import mean_interval
 from fedface.experiment import AttackConfig, Experiment, UpsamplingConfig
-from fedface.measurements import Measurement, NotMeasured
+from fedface.measurements import Measurement, NotMeasured, rate_interval
 from fedface.models.checkpoint import weights_hash
 from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone

@@ -7,7 +7,6 @@ cannot find faces that its generator cannot generate.
 
 from __future__ import annotations
 
-import io
 import textwrap
 import time
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from torch import Tensor
 from torch.nn import functional
@@ -28,7 +26,7 @@ from fedface.photos.face_crops import FaceCrop
 from fedface.photos.image_io import SOFTWARE
 from fedface.photos.skin_tone import MONK_SWATCHES, measure_tone
 from fedface.randomness import Streams
-from fedface.reports.charts import STYLE, pixels_of
+from fedface.reports.charts import STYLE, figure_png, pixels_of
 from fedface.tensor_types import Images, LowImages
 from fedface.upsampling.degradation import Degradation, apply_degradation, format_degradation
 from fedface.upsampling.methods import Method, is_deterministic, make_upsampler, title_of
@@ -163,11 +161,7 @@ def contact_sheet(
     with matplotlib.rc_context({**STYLE, "font.size": 9.0}):
         sheet = _Sheet(width, height)
         side, own = shown.low.shape[-1], measure_tone(shown.truth)
-        sheet.text(
-            _LEFT,
-            10,
-            f"the photo's face\nMonk {float(own.monk[0]):.1f}",
-        )
+        sheet.text(_LEFT, 10, f"the photo's face\nMonk {float(own.monk[0]):.1f}")
         sheet.picture(_LEFT, 46, _SIDE, shown.truth[0])
         text = "\n".join(textwrap.wrap(format_degradation(shown.degradation), 24))
         sheet.text(_LEFT + _CELL, 10, f"input:\n{side} x {side} pixels")
@@ -220,14 +214,12 @@ def _single_row(sheet: _Sheet, y: int, outputs: Sequence[MethodOutput], degradat
 
 def _face(sheet: _Sheet, x: int, y: int, output: MethodOutput, number: int, degradation: Degradation) -> None:
     """One face, its downscaled version, and whether that matches the input."""
-    face, consistency_error = (
-        output.upsampled.images[0, number],
-        float(output.upsampled.consistency_error[0, number]),
-    )
+    upsampled = output.upsampled
+    face, error = upsampled.images[0, number], float(upsampled.consistency_error[0, number])
     sheet.picture(x, y, _SIDE, face)
     sheet.picture(x, y + _SIDE + 4, _SMALL, degradation.apply(face[None])[0].clamp(0, 1))
-    verdict = "fits" if bool(output.upsampled.converged[0, number]) else "no fit"
-    sheet.text(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nerror {consistency_error:.5f}", small=True)
+    verdict = "fits" if bool(upsampled.converged[0, number]) else "no fit"
+    sheet.text(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nerror {error:.5f}", small=True)
 
 
 class _Sheet:
@@ -284,7 +276,4 @@ class _Sheet:
         self.text(left - 36, y - 20, "above: the photo (orange), the outputs (blue)", small=True)
 
     def png(self, software: str) -> bytes:
-        target = io.BytesIO()
-        FigureCanvasAgg(self._canvas)
-        self._canvas.savefig(target, format="png", metadata={"Software": software})
-        return target.getvalue()
+        return figure_png(self._canvas, software)

@@ -36,11 +36,9 @@ class SheetProgress(Protocol):
 
     def stage(self, name: str, steps: int) -> None:
         """A photo begins that takes `steps` steps."""
-        ...
 
     def message(self, sentence: str) -> None:
         """A message to print."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,6 @@ class Cohort(Protocol):
         Raises:
             FederationError: They did not connect in time.
         """
-        ...
 
     def ask(self, task: Task, members: Sequence[int], on_reply: OnReply) -> Mapping[int, Reply | Failure]:
         """Send one task to some devices and collect their replies: one entry per member, none missing."""
-        ...

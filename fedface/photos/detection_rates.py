@@ -1,16 +1,12 @@
-"""How many faces a detector finds, group by group: the first place where a photo library becomes unfair.
-
-Source of the interval: Wilson (1927), doi:10.1080/01621459.1927.10502953.
-"""
+"""How many faces a detector finds, group by group: the first place where a photo library becomes unfair."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from fedface.errors import LibraryError, PhotoError
+from fedface.measurements import Interval, rate_interval
 from fedface.photos.face_alignment import Detector
-from fedface.photos.labelled_faces import labelled_sets, name_problems
+from fedface.photos.labelled_faces import first_per_group, labelled_sets, name_problems
 
 log = logging.getLogger("fedface.photos")
 
@@ -37,25 +34,16 @@ class DetectionRate:
     count: int
     seconds: float  # of the processor per photo, detection alone
 
-    @property
-    def rate(self) -> float:
-        """In [0, 1]."""
-        return self.found / self.count
+    def plus(self, other: DetectionRate) -> DetectionRate:
+        """With the photos of another rate of the same detector."""
+        count = self.count + other.count
+        seconds = (self.seconds * self.count + other.seconds * other.count) / count
+        return replace(self, found=self.found + other.found, count=count, seconds=seconds)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval of the rate."""
-        return wilson(self.found, self.count)
-
-
-def wilson(found: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a share: lower and upper end in [0, 1], for `found` of `count` >= 1 photos."""
-    if not 0 <= found <= count or count < 1:
-        raise ValueError(f"expected 0 <= found <= count and count >= 1, got {found} of {count}")
-    share, spread = found / count, z * z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    def interval(self) -> Interval:
+        """The rate with its interval."""
+        return rate_interval(self.found, self.count)
 
 
 def detection_rates(photos: Iterable[tuple[str, np.ndarray]], detector: Detector) -> list[DetectionRate]:
@@ -98,22 +86,12 @@ def detection_rates(photos: Iterable[tuple[str, np.ndarray]], detector: Detector
 
 def pooled(rates: Sequence[DetectionRate], group_of: Callable[[str], str]) -> list[DetectionRate]:
     """Rates of coarser groups: those of one detector's groups for which `group_of` gives the same name."""
-    members: defaultdict[str, list[DetectionRate]] = defaultdict(list)
+    sums: dict[str, DetectionRate] = {}
     for rate in rates:
         if rate.group != ALL:
-            members[group_of(rate.group)].append(rate)
-    return [_sum(name, members[name]) for name in sorted(members)]
-
-
-def _sum(name: str, parts: Sequence[DetectionRate]) -> DetectionRate:
-    count = sum(part.count for part in parts)
-    return DetectionRate(
-        detector=parts[0].detector,
-        group=name,
-        found=sum(part.found for part in parts),
-        count=count,
-        seconds=sum(part.seconds * part.count for part in parts) / count,
-    )
+            name = group_of(rate.group)
+            sums[name] = replace(rate, group=name) if name not in sums else sums[name].plus(rate)
+    return [sums[name] for name in sorted(sums)]
 
 
 def measure_detection(
@@ -161,17 +139,13 @@ def padded_faces(path: Path, *, label: str, per_group: int | None = None) -> Ite
         raise LibraryError(f"no labelled faces with the columns {', '.join(columns)} at {path}")
     for faces in sets:
         problems = [*faces.problems]
-        chosen = []
-        for row in faces.rows:
-            group = ", ".join(row.labels[name] for name in columns)
-            taken[group] += 1
-            if per_group is None or taken[group] <= per_group:
-                chosen.append((group, row))
-        for (group, row), pixels in zip(chosen, faces.pixels([row for _, row in chosen]), strict=True):
+        groups = [", ".join(row.labels[name] for name in columns) for row in faces.rows]
+        chosen = first_per_group(groups, per_group, taken)
+        for at, pixels in zip(chosen, faces.pixels([faces.rows[at] for at in chosen]), strict=True):
             if isinstance(pixels, PhotoError):
-                problems.append(f"{row.where}: {row.file}: {pixels}; left out")
+                problems.append(f"{faces.rows[at].where}: {faces.rows[at].file}: {pixels}; left out")
             else:
-                yield group, padded(pixels)
+                yield groups[at], padded(pixels)
         name_problems(problems)
 
 

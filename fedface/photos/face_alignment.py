@@ -48,7 +48,6 @@ class Detector(Protocol):
 
     def find(self, pixels: np.ndarray) -> list[Face]:
         """All faces in upright sRGB pixels, uint8, shape (h, w, 3), largest first; none is an empty list."""
-        ...
 
 
 def usable(faces: Sequence[Face]) -> list[Face]:

@@ -178,12 +178,8 @@ def read_face_folder(
     problems: list[str] = []
     for faces in labelled:
         problems += faces.problems
-        rows = []
-        for row in faces.rows:
-            group = row.labels[label]
-            taken[group] += 1
-            if per_group is None or taken[group] <= per_group:
-                rows.append(row)
+        groups = [row.labels[label] for row in faces.rows]
+        rows = [faces.rows[at] for at in first_per_group(groups, per_group, taken)]
         missed.update(row.labels[label] for row in rows if row.landmarks is None)
         rows = [row for row in rows if row.landmarks is not None]
         for row, pixels in zip(rows, faces.pixels(rows), strict=True):
@@ -213,6 +209,23 @@ def read_face_folder(
         missed=dict(missed),
         unreadable=dict(unreadable),
     )
+
+
+def first_per_group(groups: Sequence[str], count: int | None, taken: Counter[str] | None = None) -> list[int]:
+    """The positions of the first `count` members of each group, in order; all of them if it is None.
+
+    Args:
+        groups: The group of each member.
+        count: How many of each group.
+        taken: Members of each group that were met before; those in `groups` are added.
+    """
+    taken = Counter() if taken is None else taken
+    first = []
+    for position, group in enumerate(groups):
+        taken[group] += 1
+        if count is None or taken[group] <= count:
+            first.append(position)
+    return first
 
 
 def _pictures(table: Path) -> Path | None:

@@ -63,9 +63,7 @@ class PhotoSignature:
     taken: datetime | None = None  # local time of the camera, without a zone
     place: tuple[float, float] | None = None  # latitude and longitude in degrees
     fingerprint: bytes | None = None  # of `fingerprint`
-    date_precision: Precision = (
-        "exact"  # of `taken`; a photo that is not exactly dated counts as without a place
-    )
+    date_precision: Precision = "exact"  # of `taken`; a photo without an exact date counts as without a place
     content: bytes = b""  # hash of the file; empty: not known
 
 
@@ -83,10 +81,11 @@ def fingerprint(pixels: np.ndarray) -> bytes | None:
     """
     light = pixels.astype(np.float32)
     steps = np.concatenate([np.diff(_means(light, 8, 9), axis=1), np.diff(_means(light, 9, 8), axis=0)])
-    if (
-        min(np.count_nonzero(steps > MIN_CONTRAST_BITS), np.count_nonzero(steps < -MIN_CONTRAST_BITS))
-        < MIN_CLEAR_STEPS
-    ):
+    rising, falling = (
+        np.count_nonzero(steps > MIN_CONTRAST_BITS),
+        np.count_nonzero(steps < -MIN_CONTRAST_BITS),
+    )
+    if min(rising, falling) < MIN_CLEAR_STEPS:
         return None
     return np.packbits(steps > 0).tobytes()
 
@@ -183,13 +182,11 @@ def _link_by_time(groups: _Groups, signatures: Sequence[PhotoSignature], rule: O
     dated.sort()
     time, latest, number = np.array(dated, dtype=np.int64).reshape(-1, 3).T
     gap = round(rule.gap_hours * HOUR)
-    placed = np.array([signatures[photo].place is not None for photo in number], dtype=bool) & (
-        time == latest
-    )
+    placed = time == latest
+    placed &= np.array([signatures[photo].place is not None for photo in number], dtype=bool)
     _link_windows(groups, number, time, time[~placed] - gap, latest[~placed] + gap)
-    points = np.array([_point(signatures[photo].place or (0.0, 0.0)) for photo in number[placed]]).reshape(
-        -1, 3
-    )
+    points = np.array([_point(signatures[photo].place or (0.0, 0.0)) for photo in number[placed]])
+    points = points.reshape(-1, 3)
     _link_neighbours(groups, number[placed], time[placed], gap, points, rule.radius_km)
 
 

@@ -11,8 +11,8 @@ import torch
 from fedface.errors import FederationError
 from fedface.experiment import Experiment, LabelledDevices, LabelledProbe, RemoteDevices, SyntheticDevices
 from fedface.photos.client_partition import partition
-from fedface.photos.labelled_faces import read_face_folder
-from fedface.public_data.labelled_sets import facing_camera, find_labelled_set, first_per_group
+from fedface.photos.labelled_faces import first_per_group, read_face_folder
+from fedface.public_data.labelled_sets import facing_camera, find_labelled_set
 from fedface.randomness import Streams
 from fedface.synthetic.faces import render_occasions, render_people
 from fedface.tensor_types import Images

@@ -52,14 +52,3 @@ def facing_camera(faces: LabelledFaces, turned: str) -> tuple[LabelledFaces, Cou
     facing = (apart >= 0.18 * faces.images.shape[-1]) & (place > 0.2) & (place < 0.8)
     away = Counter(group for group, looks in zip(faces.groups, facing.tolist(), strict=True) if not looks)
     return faces.select(torch.nonzero(facing)[:, 0].tolist()), away
-
-
-def first_per_group(groups: tuple[str, ...], count: int) -> list[int]:
-    """The positions of the first `count` members of each group, in order."""
-    seen: Counter[str] = Counter()
-    first = []
-    for i, group in enumerate(groups):
-        seen[group] += 1
-        if seen[group] <= count:
-            first.append(i)
-    return first

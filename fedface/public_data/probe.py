@@ -10,9 +10,9 @@ import torch
 
 from fedface.audits.sample_quality import TONE_GROUPS
 from fedface.experiment import LabelledProbe, SyntheticProbe
-from fedface.photos.labelled_faces import read_face_folder
+from fedface.photos.labelled_faces import first_per_group, read_face_folder
 from fedface.photos.skin_tone import ToneReading, measure_tone
-from fedface.public_data.labelled_sets import facing_camera, find_labelled_set, first_per_group
+from fedface.public_data.labelled_sets import facing_camera, find_labelled_set
 from fedface.randomness import Streams
 from fedface.synthetic.faces import ToneMix, render, sample_faces
 from fedface.tensor_types import Images

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
@@ -25,6 +26,8 @@ from fedface.tensor_types import Images
 INK, FAINT = "#3b3f46", "#c9ccd1"  # text and axes; grid lines
 BEFORE, AFTER, DEVICES, LIMIT = "#8a8f98", "#0072b2", "#d9a441", "#d55e00"
 GREY_ON_BOTH = "#7b7f86"  # readable on white and on near-black
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -173,7 +176,7 @@ def face_grid(rows: Sequence[tuple[str, Images]], columns: Sequence[str], *, sid
         gap, left, top = 6, 24 + 8 * longest, 34 + 18 * lines
         width = left + len(columns) * (side + gap)
         height = top + len(rows) * (side + gap)
-        canvas = Canvas(figsize=(width / 100, height / 100), dpi=100)
+        canvas = Canvas(figsize=(width / 100, height / 100), dpi=100, facecolor="none")
         picture = np.zeros((height, width, 4), dtype=np.uint8)
         for r, (label, images) in enumerate(rows):
             y = top + r * (side + gap)
@@ -189,7 +192,7 @@ def face_grid(rows: Sequence[tuple[str, Images]], columns: Sequence[str], *, sid
             middle = left + c * (side + gap) + side / 2
             shown = "\n".join(_short(line, 18) for line in label.split("\n"))
             canvas.text(middle / width, 1 - (top - 8) / height, shown, ha="center", fontsize=11)
-        return _png(canvas)
+        return figure_png(canvas)
 
 
 def attack_grid(truth: Images, recovered: Sequence[tuple[str, Images]], guess: Images) -> bytes:
@@ -221,8 +224,28 @@ def _svg(canvas: Canvas) -> bytes:
     return target.getvalue()
 
 
-def _png(canvas: Canvas) -> bytes:
+def figure_png(canvas: Canvas, software: str = SOFTWARE) -> bytes:
+    """A figure as PNG on its own background, which is white unless it was made with another."""
     target = io.BytesIO()
     FigureCanvasAgg(canvas)
-    canvas.savefig(target, format="png", transparent=True, metadata={"Software": SOFTWARE})
+    canvas.savefig(target, format="png", facecolor="auto", metadata={"Software": software})
     return target.getvalue()
+
+
+def error_bars(
+    axes: Axes, points: Sequence[tuple[float, Interval]], index: int, label: str, *, linewidth: float = 0.0
+) -> None:
+    """Estimates with their intervals at positions, in the colour and with the marker of the `index`-th series."""
+    below = [max(0.0, value.estimate - value.low) for _, value in points]
+    above = [max(0.0, value.high - value.estimate) for _, value in points]
+    axes.errorbar(
+        [at for at, _ in points], [value.estimate for _, value in points], yerr=[below, above], label=label,
+        color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], markersize=4.5,
+        linewidth=linewidth, elinewidth=1.0, capsize=2,
+    )  # fmt: skip
+
+
+def legend_below(canvas: Canvas, axes: Axes, columns: int = 6) -> None:
+    """The legend of one panel below all of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=max(1, min(columns, len(labels))))

@@ -5,25 +5,20 @@ PNG on white. Colours are the colour-blind-safe set of Okabe and Ito (2008); eac
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
 from fedface.audits.sample_quality import TONE_GROUPS
 from fedface.experiment import NO_DP_LABEL
 from fedface.measurements import Interval
-from fedface.photos.image_io import SOFTWARE
-from fedface.reports.charts import FAINT, INK, STYLE, face_grid
+from fedface.reports.charts import FAINT, INK, STYLE, error_bars, face_grid, figure_png, legend_below
 from fedface.reports.comparison_report import TITLES, UNTRAINED, ComparisonRecord
 from fedface.tensor_types import Images
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PANELS = ("tone_distance", "darker", "kernel")
 
 
@@ -43,24 +38,21 @@ def against_epsilon(record: ComparisonRecord) -> bytes:
             axes.set_title(TITLES[metric], loc="left", fontsize=9)
         row[0].set_ylim(bottom=0)
         row[1].set_ylim(0, 1)
-        handles, labels = row[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
-        return png_on_white(canvas)
+        legend_below(canvas, row[0])
+        return figure_png(canvas)
 
 
 def by_group(record: ComparisonRecord, metric: str = "kernel") -> bytes:
     """One metric against epsilon, one panel per tone group from light to dark; PNG."""
-    groups = TONE_GROUPS
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(2.15 * len(groups), 2.9), layout="constrained", dpi=110)
-        row = canvas.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-        for axes, group in zip(row, groups, strict=True):
+        canvas = Canvas(figsize=(2.15 * len(TONE_GROUPS), 2.9), layout="constrained", dpi=110)
+        row = canvas.subplots(1, len(TONE_GROUPS), sharey=True, squeeze=False)[0]
+        for axes, group in zip(row, TONE_GROUPS, strict=True):
             _panel(axes, record, metric, group)
             axes.set_title(group, loc="left", fontsize=9)
         row[0].set_ylabel(TITLES[metric])
-        handles, labels = row[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
-        return png_on_white(canvas)
+        legend_below(canvas, row[0])
+        return figure_png(canvas)
 
 
 def tone_histograms(record: ComparisonRecord) -> bytes:
@@ -88,9 +80,8 @@ def tone_histograms(record: ComparisonRecord) -> bytes:
             axes.set_xlabel("Monk tone, light to dark")
             axes.set_xticks([1, 4, 7, 10])
         row[0].set_ylabel("share of faces, %")
-        handles, labels = row[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        return png_on_white(canvas)
+        legend_below(canvas, row[0], columns=len(levels) + 1)
+        return figure_png(canvas)
 
 
 def samples(rows: Mapping[str, Images], truth: Images) -> bytes:
@@ -105,31 +96,12 @@ def samples(rows: Mapping[str, Images], truth: Images) -> bytes:
 
 
 def _panel(axes: Axes, record: ComparisonRecord, metric: str, group: str | None) -> None:
-    levels = record.levels()
-    for index, method in enumerate(record.methods()):
-        places, estimates, below, above = [], [], [], []
-        for place, level in enumerate(levels):
-            found = record.over_seeds(method, level, metric, group)
-            if record.chosen(method, level) and isinstance(found, Interval):
-                places.append(place + 0.07 * (index - (len(record.methods()) - 1) / 2))
-                estimates.append(found.estimate)
-                below.append(max(0.0, found.estimate - found.low))
-                above.append(max(0.0, found.high - found.estimate))
-        axes.errorbar(
-            places, estimates, yerr=[below, above], label=method, color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.4, elinewidth=1.0, capsize=2,
-        )  # fmt: skip
-    axes.set_xticks(range(len(levels)), [_name(level) for level in levels])
+    levels, methods = record.levels(), record.methods()
+    for index, method in enumerate(methods):
+        shift = 0.07 * (index - (len(methods) - 1) / 2)
+        found = [record.over_seeds(method, level, metric, group) for level in levels]
+        points = [(place + shift, value) for place, value in enumerate(found) if isinstance(value, Interval)]
+        error_bars(axes, points, index, method, linewidth=1.4)
+    names = {UNTRAINED: "0\n(base)", NO_DP_LABEL: "∞"}
+    axes.set_xticks(range(len(levels)), [names.get(level, level) for level in levels])
     axes.set_xlabel("epsilon")
-
-
-def _name(level: str) -> str:
-    return {UNTRAINED: "0\n(base)", NO_DP_LABEL: "∞"}.get(level, level)
-
-
-def png_on_white(canvas: Canvas) -> bytes:
-    """A canvas as PNG with a white background."""
-    target = io.BytesIO()
-    FigureCanvasAgg(canvas)
-    canvas.savefig(target, format="png", facecolor="white", metadata={"Software": SOFTWARE})
-    return target.getvalue()

@@ -6,7 +6,8 @@ without it would hide that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fedface.errors import RunError
 from fedface.experiment import NO_DP_LABEL
 from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured, table_cell
 from fedface.number_format import format_delta
+from fedface.reports.markdown import table
 from fedface.reports.run_record import MachineRecord
 
 FILE = "comparison.json"
@@ -98,19 +100,23 @@ class ComparisonRecord:
 
     def levels(self) -> tuple[str, ...]:
         """ "0" first, then ascending, "∞" last."""
-        return tuple(sorted({run.level for run in self.runs}, key=_level))
+        levels = {run.level for run in self.runs}
+        return tuple(sorted(levels, key=lambda level: math.inf if level == NO_DP_LABEL else float(level)))
 
     def chosen(self, method: str, level: str) -> tuple[ComparedRun, ...]:
         """The runs of one method at one level, one per seed."""
         return tuple(run for run in self.runs if (run.method, run.level) == (method, level))
 
+    def rows(self) -> Iterator[tuple[str, str, tuple[ComparedRun, ...]]]:
+        """Each method at each of its levels, with its runs."""
+        for method in self.methods():
+            for level in self.levels():
+                if runs := self.chosen(method, level):
+                    yield method, level, runs
+
     def over_seeds(self, method: str, level: str, metric: str, group: str | None = None) -> Measurement:
         """One metric of one method at one level, over its seeds; see `over_seeds`."""
         return over_seeds([run.model.metric(metric, group) for run in self.chosen(method, level)])
-
-
-def _level(level: str) -> float:
-    return float("inf") if level == NO_DP_LABEL else float(level)
 
 
 def over_seeds(metrics: Sequence[Measurement]) -> Measurement:
@@ -162,38 +168,21 @@ def markdown(record: ComparisonRecord) -> str:
         _reference(record),
         "",
     ]
-    heads = [
-        "method",
-        "epsilon",
-        "noise multiplier",
-        "parameters up",
-        "runs",
-        *(TITLES[m] for m in METRICS),
-        "seconds",
-    ]
-    lines += [_row(heads), _row(["---"] * len(heads))]
-    for method in record.methods():
-        for level in record.levels():
-            runs = record.chosen(method, level)
-            if not runs:
-                continue
-            metrics = [table_cell(record.over_seeds(method, level, metric)) for metric in METRICS]
-            seconds = f"{np.mean([run.seconds for run in runs]):.0f}"
-            sigma = f"{runs[0].noise_multiplier:.3g}" if runs[0].noise_multiplier else "-"
-            up = f"{runs[0].numbers_up:,}" if level != UNTRAINED else "-"
-            lines.append(_row([method, level, sigma, up, str(len(runs)), *metrics, seconds]))
-    lines += ["", "## By tone group", ""]
+    heads = ["method", "epsilon", "noise multiplier", "parameters up", "runs", *TITLES.values(), "seconds"]
+    rows = []
+    for method, level, runs in record.rows():
+        metrics = [table_cell(record.over_seeds(method, level, metric)) for metric in METRICS]
+        seconds = f"{np.mean([run.seconds for run in runs]):.0f}"
+        sigma = f"{runs[0].noise_multiplier:.3g}" if runs[0].noise_multiplier else "-"
+        up = f"{runs[0].numbers_up:,}" if level != UNTRAINED else "-"
+        rows.append([method, level, sigma, up, str(len(runs)), *metrics, seconds])
+    lines += [*table(heads, rows), "", "## By tone group", ""]
     for metric in BY_GROUP:
-        lines += [f"### {TITLES[metric]}", "", _row(["method", "epsilon", *TONE_GROUPS])]
-        lines.append(_row(["---"] * (2 + len(TONE_GROUPS))))
-        for method in record.methods():
-            for level in record.levels():
-                if record.chosen(method, level):
-                    cells = [
-                        table_cell(record.over_seeds(method, level, metric, group)) for group in TONE_GROUPS
-                    ]
-                    lines.append(_row([method, level, *cells]))
-        lines.append("")
+        by_group = [
+            [method, level, *(table_cell(record.over_seeds(method, level, metric, g)) for g in TONE_GROUPS)]
+            for method, level, _ in record.rows()
+        ]
+        lines += [f"### {TITLES[metric]}", "", *table(["method", "epsilon", *TONE_GROUPS], by_group), ""]
     return "\n".join(lines) + "\n"
 
 
@@ -208,7 +197,3 @@ def _guarantee(record: ComparisonRecord) -> str:
 def _reference(record: ComparisonRecord) -> str:
     values = [f"{TITLES[metric]} {table_cell(record.reference.metric(metric))}" for metric in METRICS]
     return f"Metrics of a second set of faces like the devices': {'; '.join(values)}."
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from fedface.atomic_io import replace_bytes, replace_text
 from fedface.codec import dumps
 from fedface.measurements import Interval, Measurement, NotMeasured
 from fedface.reports import formatting
-from fedface.reports.charts import INK, STYLE, face_grid
-from fedface.reports.comparison_charts import COLOURS, MARKERS, png_on_white
+from fedface.reports.charts import INK, STYLE, error_bars, face_grid, figure_png, legend_below
+from fedface.reports.markdown import table
 from fedface.reports.run_record import BiasRecord, MachineRecord
 from fedface.tensor_types import Images
 
@@ -85,37 +84,39 @@ def write(record: BenchmarkRecord, pictures: Mapping[str, bytes], folder: Path) 
 
 def markdown(record: BenchmarkRecord) -> str:
     """The tables and their limitations."""
-    heads = [formatting.title_of(name) for name in OVERALL]
+    heads = [
+        "method",
+        *map(formatting.title_of, OVERALL),
+        "kernel distance to the originals",
+        "spread of a photo's faces",
+        "s per face",
+    ]
+    overall, tones = [], []
+    for each in record.methods:
+        metrics = [str(each.bias.report.overall[name]) for name in OVERALL]
+        overall.append(
+            [each.title, *metrics, str(each.distance), str(each.spread), f"{each.seconds_per_face:.2g}"]
+        )
+        shares = (each.darker_true, each.darker_generated, each.bias.report.darker_change)
+        tones.append([each.title, *map(str, shares)])
     lines = [
         "# Every method on one probe",
         "",
         f"{record.probe}. Degraded by {record.downscale}. Estimates over photos with 95 % intervals.",
         "",
-        f"| method | {' | '.join(heads)} | kernel distance to the originals | spread of a photo's faces | s per face |",
-        "|" + "---|" * (len(heads) + 4),
-    ]
-    for each in record.methods:
-        cells = [str(each.bias.report.overall[name]) for name in OVERALL]
-        cells += [str(each.distance), str(each.spread), f"{each.seconds_per_face:.2g}"]
-        lines.append(f"| {each.title} | {' | '.join(cells)} |")
-    lines += [
+        *table(heads, overall),
         "",
         "## Skin tone by method",
         "",
         "Share of faces in the darker half of the Monk scale.",
         "",
+        *table(["method", "originals", "generated", "change"], tones),
     ]
-    lines += ["| method | originals | generated | change |", "|---|---|---|---|"]
-    for each in record.methods:
-        shares = (each.darker_true, each.darker_generated, each.bias.report.darker_change)
-        lines.append(f"| {each.title} | {' | '.join(str(share) for share in shares)} |")
-    groups = list(record.methods[0].bias.report.counts)
     for metric in BY_GROUP:
+        found = {each.title: _by_group(each, metric) for each in record.methods}
+        rows = [[title, *map(str, groups.values())] for title, groups in found.items()]
         lines += ["", f"## By group: {formatting.with_unit(formatting.title_of(metric), metric)}", ""]
-        lines += [f"| method | {' | '.join(groups)} |", "|" + "---|" * (len(groups) + 1)]
-        for each in record.methods:
-            found = _by_group(each, metric)
-            lines.append(f"| {each.title} | {' | '.join(str(found[name]) for name in groups)} |")
+        lines += table(["method", *record.methods[0].bias.report.counts], rows)
     lines += ["", "## Summary", ""]
     for each in record.methods:
         lines += [f"- **{each.title}**: {' '.join(each.bias.report.sentences()[:-1])}"]
@@ -133,26 +134,18 @@ def by_group(record: BenchmarkRecord) -> bytes:
         for axes, metric in zip(row, BY_GROUP, strict=True):
             for index, each in enumerate(record.methods):
                 found = _by_group(each, metric)
-                metrics = [(i, found[name]) for i, name in enumerate(groups)]
-                points = [(i, metric) for i, metric in metrics if isinstance(metric, Interval)]
-                if not points:
-                    continue
-                at = np.array([i for i, _ in points]) + 0.09 * (index - (len(record.methods) - 1) / 2)
-                middle = np.array([metric.estimate for _, metric in points])
-                ends = np.array([[f.estimate - f.low, f.high - f.estimate] for _, f in points]).T.clip(min=0)
-                axes.errorbar(
-                    at, middle, yerr=ends, label=each.title, color=COLOURS[index % len(COLOURS)],
-                    marker=MARKERS[index % len(MARKERS)], markersize=4, linewidth=0, elinewidth=1.0, capsize=0,
-                )  # fmt: skip
+                shift = 0.09 * (index - (len(record.methods) - 1) / 2)
+                points = [(i + shift, found[name]) for i, name in enumerate(groups)]
+                known = [(at, value) for at, value in points if isinstance(value, Interval)]
+                error_bars(axes, known, index, each.title)
             if metric == "lightness_shift":
                 axes.axhline(0.0, color=INK, linewidth=0.8)
             axes.set_xticks(range(len(groups)), [name.replace(" ", "\n", 1) for name in groups])
             title = formatting.with_unit(formatting.title_of(metric), metric)
             axes.set_title("\n".join(textwrap.wrap(title, 44)), loc="left", fontsize=9)
             axes.grid(axis="x", visible=False)
-        handles, labels = row[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)))
-        return png_on_white(canvas)
+        legend_below(canvas, row[0], columns=8)
+        return figure_png(canvas)
 
 
 def _by_group(each: MethodMetrics, metric: str) -> dict[str, Measurement]:

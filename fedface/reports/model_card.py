@@ -6,7 +6,6 @@ Markdown allows HTML.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from fedface.privacy.accounting import ADJACENCY
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy_units import describe_unit
 from fedface.reports import device_metrics_section, disclosures, formatting, headline_summary
+from fedface.reports.markdown import code_block, plain, table
 from fedface.reports.run_record import BiasRecord, RunRecord
 
 FILE = "model-card.md"
 NO_LIMITS = "The limits of this run were not documented; interpret its numbers with care."
-SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|&!~])")
 
 
 def render(record: RunRecord) -> str:
@@ -50,22 +49,9 @@ def write(record: RunRecord, folder: Path) -> Path:
     return path
 
 
-def plain(text: str) -> str:
-    """Text on one line, with Markdown and HTML escaped."""
-    return SPECIAL.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\>", "&gt;")
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def escaped_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table; cells are escaped here."""
-    lines = [heads, ["---"] * len(heads)]
-    body = [[plain(cell) for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [[plain(head) for head in lines[0]], lines[1], *body]]
-
-
-def code_block(text: str) -> list[str]:
-    """Text verbatim in a code block whose fence is longer than any in the text."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return [fence, text, fence]
+    return table([plain(head) for head in heads], [[plain(cell) for cell in row] for row in rows])
 
 
 def _head(record: RunRecord) -> list[str]:
@@ -100,7 +86,7 @@ def _training(record: RunRecord) -> list[str]:
     size = f"{number_format.counted(len(record.devices), 'device')}, {number_format.counted(rounds, 'round')}"
     lines = ["## Training", "", f"{size}: {replies}.", ""]
     known = [[device.id, device.description] for device in record.devices]
-    lines += table(["Device", "Publicly known"], known)
+    lines += escaped_table(["Device", "Publicly known"], known)
     return [
         *lines,
         "",
@@ -164,7 +150,7 @@ def _bias(record: RunRecord) -> list[str]:
                 else formatting.title_of(name)
                 for name in METRICS
             ]  # fmt: skip
-            return [*lines, "", *table(["Group", *heads], rows)]
+            return [*lines, "", *escaped_table(["Group", *heads], rows)]
 
 
 def _device_metrics(record: RunRecord) -> list[str]:
@@ -178,7 +164,7 @@ def _device_metrics(record: RunRecord) -> list[str]:
         *(f"- {plain(device_metrics_section.cost_sentence(one))}" for one in record.device_metrics),
         "",
     ]
-    return lines + table(heads, rows)
+    return lines + escaped_table(heads, rows)
 
 
 def _leakage(record: RunRecord) -> list[str]:

@@ -5,6 +5,7 @@ Every number is noised and its interval includes the noise; pairs that cannot be
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from fedface.codec import dumps
 from fedface.measurements import Epsilon
 from fedface.privacy_units import describe_unit
 from fedface.reports import device_metrics_section
-from fedface.reports.charts import STYLE
-from fedface.reports.comparison_charts import COLOURS, MARKERS, png_on_white
+from fedface.reports.charts import STYLE, error_bars, figure_png, legend_below
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
-from fedface.reports.model_card import code_block
+from fedface.reports.markdown import code_block, table
 
 FILE, PAGE, CHART = "ranking.json", "ranking.md", "ranking.png"
 ALL_PHOTOS = (
@@ -98,25 +98,18 @@ def chart(record: RankingReport) -> bytes:
         for axes, metric in zip(row, DP_METRICS, strict=True):
             for index, candidate in enumerate(record.candidates):
                 shift = 0.16 * (index - (len(record.candidates) - 1) / 2)
-                label: str | None = candidate.when
-                for place, name in enumerate(groups):
-                    group = device_metrics_section.groups_of(candidate)[name]
-                    if not isinstance(group, GroupEstimates):
-                        continue
-                    value = group.estimate(metric)
-                    axes.errorbar(
-                        place + shift, value.estimate,
-                        yerr=[[max(0.0, value.estimate - value.low)], [max(0.0, value.high - value.estimate)]],
-                        color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
-                        markersize=4.5, elinewidth=1.0, capsize=2, linestyle="none", label=label,
-                    )  # fmt: skip
-                    label = None
+                served = device_metrics_section.groups_of(candidate)
+                known = [(place, served[name]) for place, name in enumerate(groups)]
+                points = [
+                    (at + shift, g.estimate(metric)) for at, g in known if isinstance(g, GroupEstimates)
+                ]
+                error_bars(axes, points, index, candidate.when)
             unit = device_metrics_section.unit(metric)
-            axes.set_title(_wrapped(device_metrics_section.title(metric), unit), loc="left", fontsize=8)
+            title = f"{device_metrics_section.title(metric)}{unit and ', '}{unit}"
+            axes.set_title("\n".join(textwrap.wrap(title, 31)), loc="left", fontsize=8)
             axes.set_xticks(range(len(groups)), [name.replace(" (", "\n(") for name in groups], fontsize=7)
-        handles, labels = row[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, max(1, len(labels))))
-        return png_on_white(canvas)
+        legend_below(canvas, row[0])
+        return figure_png(canvas)
 
 
 def _reported(record: RankingReport) -> list[str]:
@@ -138,28 +131,19 @@ def _suppressed(record: RankingReport) -> list[str]:
     return [f"Not in the chart, because they are suppressed: {', '.join(suppressed)}."] if suppressed else []
 
 
-def _wrapped(title: str, unit: str) -> str:
-    words, lines = f"{title}{', ' + unit if unit else ''}".split(), [""]
-    for word in words:
-        if len(lines[-1]) + len(word) > 30:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
-
-
 def markdown(record: RankingReport) -> str:
     """The ranking as a Markdown page with its chart."""
     heads = ["group", "candidate", "units", *(device_metrics_section.title(name) for name in DP_METRICS)]
     lines = [f"# {_plain(record.title())}", "", f"Question: {_plain(record.question)}", ""]
     lines += [_plain(record.privacy_sentence()), "", f"![Metrics by tone group]({CHART})", ""]
     lines += [f"- {_plain(text)}" for text in [*_suppressed(record), *record.verdicts()]]
-    lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for name in device_metrics_section.group_names(record.candidates):
-        for candidate in record.candidates:
-            group = device_metrics_section.groups_of(candidate)[name]
-            cells = [text.replace("*", "\\*") for text in device_metrics_section.texts(group)]
-            lines.append("| " + " | ".join([name, _plain(candidate.when), *cells]) + " |")
-    lines.append("")
+    rows = [
+        [name, _plain(each.when), *(text.replace("*", "\\*") for text in device_metrics_section.texts(group))]
+        for name in device_metrics_section.group_names(record.candidates)
+        for each in record.candidates
+        for group in [device_metrics_section.groups_of(each)[name]]
+    ]
+    lines += ["", *table(heads, rows), ""]
     lines += [f"{_plain(text)}\n" for text in device_metrics_section.range_limit_note(record.candidates)]
     for candidate in record.candidates:
         lines.append(

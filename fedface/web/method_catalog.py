@@ -25,19 +25,11 @@ class MethodInfo:
 class MethodProvider(Protocol):
     """Builds upsamplers for one size of face."""
 
-    @property
-    def size(self) -> int:
-        """Height and width of the faces in pixels."""
-        ...
-
-    @property
-    def methods(self) -> Sequence[MethodInfo]:
-        """The methods to choose from, at least one; the first is preselected."""
-        ...
+    size: int  # height and width of the faces in pixels
+    methods: Sequence[MethodInfo]  # to choose from, at least one; the first is preselected
 
     def training_data(self, method: str) -> str:
         """The training data of a method's network in a sentence; empty if unknown."""
-        ...
 
     def make(
         self, method: str, *, side: int, seed: int, progress: Progress | None, watch: StepCallback | None
@@ -47,7 +39,6 @@ class MethodProvider(Protocol):
         Raises:
             ConfigError: The method does not support this; with the reason.
         """
-        ...
 
 
 def describe_training_data(notes: Mapping[str, Any]) -> str:

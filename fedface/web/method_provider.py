@@ -40,20 +40,10 @@ class MethodCatalog:
     def __init__(self, model: Model | None) -> None:
         """`model` replaces every bundled checkpoint; None: each method uses its own."""
         self._model = model
-        self._size = load_gan().generator.size if model is None else model.size
+        self.size = load_gan().generator.size if model is None else model.size
         first = name_of(PulseConfig() if model is None else default_method(model))
         names = sorted(METHODS, key=lambda name: name != first)  # stable: only the first one moves
-        self._methods = tuple(method_info(METHODS[name]) for name in names)
-
-    @property
-    def size(self) -> int:
-        """Height and width of the faces in pixels."""
-        return self._size
-
-    @property
-    def methods(self) -> Sequence[MethodInfo]:
-        """All methods, the one for the checkpoint's family first."""
-        return self._methods
+        self.methods: Sequence[MethodInfo] = tuple(method_info(METHODS[name]) for name in names)
 
     def training_data(self, method: str) -> str:
         """The training data of the method's network."""
@@ -69,16 +59,14 @@ class MethodCatalog:
             ConfigError: The method does not support the checkpoint or this size.
         """
         chosen = _method(method)
-        if side < 1 or self._size % side:
-            raise ConfigError(
-                f"faces of {self._size} pixels cannot be downscaled to {side}; choose a divisor"
-            )
+        if side < 1 or self.size % side:
+            raise ConfigError(f"faces of {self.size} pixels cannot be downscaled to {side}; choose a divisor")
         return make_upsampler(
             chosen,
             self._network(chosen),
-            BicubicPulse(self._size // side),
+            BicubicPulse(self.size // side),
             Streams(seed),
-            size=self._size,
+            size=self.size,
             progress=progress,
             watch=watch,
         )

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.face_alignment import Detector, Face
-from fedface.photos.face_crops import LONGEST_SIDE, face_crops
-from fedface.photos.image_io import Photo, cut_square
+from fedface.photos.face_crops import LONGEST_SIDE, face_crops, whole_image
+from fedface.photos.image_io import Photo
 from fedface.photos.sandboxed_decoder import SandboxedDecoder
 from fedface.randomness import Streams
 from fedface.reports.charts import pixels_of
@@ -108,7 +108,9 @@ class Reader:
             except LibraryError:
                 if not counting.turns:
                     raise
-                return Upload(crops=(self._middle(photo.pixels),), found=0, detected=True)
+                square = whole_image(photo, max(SHOWN, self.size), name="this photo")
+                crop = self._crop(square.crop, round(square.side), small=False)
+                return Upload(crops=(crop,), found=0, detected=True)
         crops = tuple(
             self._crop(face.crop, round(face.side), small=face.already_small) for face in faces[:FACES_SHOWN]
         )
@@ -152,16 +154,6 @@ class Reader:
         side = (self.size, self.size)
         truth = F.interpolate(picture, size=side, mode="bicubic", antialias=True).clamp(0, 1)
         return Crop(truth=truth, preview=pixels, width=width, small=picture if small else None)
-
-    def _middle(self, pixels: np.ndarray) -> Crop:
-        """The largest square in the middle of a picture."""
-        height, width = pixels.shape[:2]
-        side = min(height, width)
-        left, top = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
-        corners = np.array(
-            [[left, top], [left, top + side], [left + side, top + side], [left + side, top]], dtype=np.float64
-        )
-        return self._crop(cut_square(pixels, corners, max(SHOWN, self.size)), side, small=False)
 
 
 class _CountingDetector:

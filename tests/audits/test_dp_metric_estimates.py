@@ -29,9 +29,8 @@ from fedface.audits.dp_metric_estimates import GroupEstimates, minimum_detectabl
 from fedface.audits.dp_metrics import RANGED_METRICS
 from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_group
 from fedface.audits.dp_ratio_estimates import DP_METRICS, DPRatioEstimate, difference_between
-from fedface.audits.group_metrics import rate_interval
 from fedface.errors import AggregationError, FederationError
-from fedface.measurements import NotMeasured
+from fedface.measurements import NotMeasured, rate_interval
 from fedface.randomness import Streams
 
 STREAMS = Streams(11)

@@ -9,14 +9,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from fedface.audits.group_metrics import (
-    gap_between,
-    mean_interval,
-    metrics_by_group,
-    rate_interval,
-    rates_by_group,
-)
-from fedface.measurements import Interval, NotMeasured
+from fedface.audits.group_metrics import gap_between, mean_interval, metrics_by_group, rates_by_group
+from fedface.measurements import Interval, NotMeasured, rate_interval
 from fedface.randomness import Streams
 
 STREAMS = Streams(11)

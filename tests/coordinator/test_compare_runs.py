@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import WAYS, tiny_file
+from tiny import WAYS, SilentProgress, tiny_file
 
 from fedface.coordinator.compare_runs import compare_runs
-from fedface.coordinator.rounds import SilentProgress
 from fedface.errors import RunError
 from fedface.experiment import NO_DP_LABEL
 from fedface.measurements import Epsilon, Interval, NotMeasured

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import GENERATOR, RESOLVER
+from tiny import GENERATOR, RESOLVER, SilentProgress
 
 from fedface.codec import loads
 from fedface.coordinator.method_benchmark import benchmark_methods, with_baselines
-from fedface.coordinator.rounds import SilentProgress
 from fedface.experiment import SyntheticProbe
 from fedface.measurements import Interval, NotMeasured
 from fedface.models.model import GeneratorArchitecture, Model, SuperResolutionArchitecture, build_model

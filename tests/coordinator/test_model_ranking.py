@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from pytest import approx
-from tiny import tiny_file, tiny_gan
+from tiny import SilentProgress, tiny_file, tiny_gan
 from typer.testing import CliRunner
 
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.cli import app
 from fedface.codec import loads
 from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
-from fedface.coordinator.rounds import SilentProgress
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
 from fedface.experiment import Experiment, devices_folder, for_ranking, read_experiment
 from fedface.messages.cohort import Cohort, OnReply

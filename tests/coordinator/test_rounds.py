@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NO_PRIVACY, TARGET, started, tiny_experiment, tiny_gan
+from tiny import NO_PRIVACY, TARGET, SilentProgress, started, tiny_experiment, tiny_gan
 
 from fedface.aggregation.homomorphic import make_device, make_keys
 from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
-from fedface.coordinator.rounds import SilentProgress, run_rounds
+from fedface.coordinator.rounds import run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.device.client import handle_task

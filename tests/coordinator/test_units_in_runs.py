@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from pytest import approx
-from tiny import first_device, started, tiny_experiment, tiny_gan, train_task
+from tiny import SilentProgress, first_device, started, tiny_experiment, tiny_gan, train_task
 
 from fedface.aggregation.homomorphic import HomomorphicConfig
 from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
 from fedface.audits.dp_metric_estimates import DPMetricEstimates, GroupEstimates, estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig, PhotoMetrics, decode_sums, metric_vectors
-from fedface.coordinator.rounds import SilentProgress, run_rounds
+from fedface.coordinator.rounds import run_rounds
 from fedface.coordinator.run import run_experiment
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet

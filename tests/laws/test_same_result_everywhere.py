@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import SilentProgress
 
-from fedface.coordinator.rounds import SilentProgress, run_rounds
+from fedface.coordinator.rounds import run_rounds
 from fedface.coordinator.run import initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet

@@ -12,13 +12,13 @@ from PIL import Image
 from png_files import write_png
 
 from fedface.errors import LibraryError
+from fedface.measurements import rate_interval
 from fedface.photos.detection_rates import (
     detection_rates,
     measure_detection,
     padded,
     padded_faces,
     pooled,
-    wilson,
 )
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
 from fedface.photos.face_alignment import (
@@ -263,7 +263,8 @@ def test_detection_rates_are_counted_by_group() -> None:
 )
 def test_wilson_intervals_match_published_values(found: int, count: int, low: float, high: float) -> None:
     """81 of 263: Newcombe (1998), table 1, method 3; the others by hand from the formula."""
-    assert wilson(found, count) == pytest.approx((low, high), abs=6e-4)
+    interval = rate_interval(found, count)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=6e-4)
 
 
 def test_padding_keeps_the_picture_in_the_middle(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from fedface.photos.face_alignment import Face, align
 from fedface.photos.image_io import classify_file, png_bytes
 from fedface.photos.library import summary
 from fedface.photos.scan import scan_library
-from fedface.reports.charts import face_grid
-from fedface.reports.comparison_charts import png_on_white
+from fedface.reports.charts import face_grid, figure_png
 from fedface.web.image_encoding import data_uri
 
 PIXELS = np.full((40, 40, 3), 90, dtype=np.uint8)
@@ -37,7 +36,7 @@ class OneFace:
 
 WRITERS: dict[str, Callable[[], bytes]] = {
     "a grid of faces": lambda: face_grid([("row", torch.rand(2, 3, 8, 8))], ["1", "2"]),
-    "a chart": lambda: png_on_white(Figure()),
+    "a chart": lambda: figure_png(Figure()),
     "a picture of the page": lambda: base64.b64decode(data_uri(PIXELS).split(",")[1]),
 }
 

@@ -13,10 +13,10 @@ from fedface.audits.bias import HALVES, METRICS, BiasReport, GroupMetrics, ToneH
 from fedface.audits.dp_metric_estimates import estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig, PhotoMetrics, metric_vectors
 from fedface.audits.gradient_inversion import AttackScores, CandidateIdentification, CosineSearch, NoDefense
-from fedface.audits.group_metrics import Gap, rate_interval
+from fedface.audits.group_metrics import Gap
 from fedface.codec import encode
 from fedface.experiment import EvaluationConfig
-from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
+from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured, rate_interval
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Plan, Schedule
 from fedface.privacy.privacy_target import PrivacyTarget

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import quick
 import torch
-from tiny import started, tiny_experiment
+from tiny import SilentProgress, started, tiny_experiment
 
 from fedface.aggregation.payload import Payload
 from fedface.audits.dp_metrics import LocalMetricsConfig
-from fedface.coordinator.rounds import SilentProgress
 from fedface.coordinator.run import run_experiment
 from fedface.experiment import Experiment, devices_folder
 from fedface.messages.cohort import Cohort, OnReply

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from processes import PROCESSES
-from tiny import first_device, started, tiny_experiment, tiny_gan, train_task
+from tiny import SilentProgress, first_device, started, tiny_experiment, tiny_gan, train_task
 
-from fedface.coordinator.rounds import SilentProgress, run_rounds
+from fedface.coordinator.rounds import run_rounds
 from fedface.coordinator.run_state import RunState
 from fedface.device.client import handle_task
 from fedface.device.device import Device
