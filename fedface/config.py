@@ -22,11 +22,7 @@ PLAIN_TAGS = ("null", "bool", "int", "float", "str", "timestamp", "seq", "map", 
 
 
 def read(
-    path: Path,
-    expected: type[T],
-    *,
-    changes: Mapping[str, str] | None = None,
-    leave_out: Sequence[str] = (),
+    path: Path, expected: type[T], *, changes: Mapping[str, str] | None = None, leave_out: Sequence[str] = ()
 ) -> T:
     """Read a YAML file as the dataclass `expected`.
 

@@ -10,14 +10,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import ClassVar
 
-from fedface.number_format import (
-    SPACE,
-    format_delta,
-    interval_texts,
-    number,
-    rounded_down,
-    rounded_up,
-)
+from fedface.number_format import SPACE, format_delta, interval_texts, number, rounded_down, rounded_up
 from fedface.privacy_units import Unit
 
 LEVEL = 0.95  # coverage of every interval

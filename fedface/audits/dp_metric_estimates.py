@@ -18,12 +18,7 @@ import torch
 from scipy.special import ndtri
 
 from fedface.audits.dp_metrics import RANGED_METRICS, DecodedSums, LocalMetricsConfig, decode_sums
-from fedface.audits.dp_ratio_estimates import (
-    DP_METRICS,
-    DPRatioEstimate,
-    difference_between,
-    level_for,
-)
+from fedface.audits.dp_ratio_estimates import DP_METRICS, DPRatioEstimate, difference_between, level_for
 from fedface.audits.group_metrics import Gap
 from fedface.errors import AggregationError
 from fedface.measurements import LEVEL, Interval, NotMeasured

@@ -238,12 +238,7 @@ def attack_update(
 
 
 def candidate_identification(
-    gradient_of: GradientOf,
-    candidates: Images,
-    defense: Defense,
-    *,
-    trials: int,
-    generator: torch.Generator,
+    gradient_of: GradientOf, candidates: Images, defense: Defense, *, trials: int, generator: torch.Generator
 ) -> CandidateIdentification:
     """How often an attacker names the photo that was in an update, among N candidates.
 

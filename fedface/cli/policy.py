@@ -17,10 +17,7 @@ from fedface.errors import ConfigError
 policy = typer.Typer(help="What the owner of a device allows.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@policy.command(
-    "check",
-    epilog=example("fedface policy check device.yaml --experiment family.yaml"),
-)
+@policy.command("check", epilog=example("fedface policy check device.yaml --experiment family.yaml"))
 def policy_check(
     file: Annotated[Path, typer.Argument(help="A policy file, or a device file with a policy section.")],
     experiment: Annotated[

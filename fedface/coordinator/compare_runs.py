@@ -35,12 +35,7 @@ from fedface.photos.skin_tone import measure_tone
 from fedface.public_data.device_photos import describe_devices, device_faces
 from fedface.randomness import Streams
 from fedface.reports import comparison_charts, comparison_report
-from fedface.reports.comparison_report import (
-    UNTRAINED,
-    ComparedRun,
-    ComparisonRecord,
-    ModelQuality,
-)
+from fedface.reports.comparison_report import UNTRAINED, ComparedRun, ComparisonRecord, ModelQuality
 from fedface.reports.run_record import MachineRecord, installed_versions
 from fedface.sweep import Sweep, Variant, level_of
 from fedface.tensor_types import Images

@@ -305,13 +305,7 @@ def _evaluate_both(
     with ThreadPoolExecutor(2) as pool:
         searches = [
             pool.submit(
-                evaluate_on_probe,
-                model,
-                probe,
-                experiment.upsampling,
-                method,
-                experiment.seed,
-                count(when),
+                evaluate_on_probe, model, probe, experiment.upsampling, method, experiment.seed, count(when)
             )
             for model, when in ((base, "before"), (final, "after"))
         ]

@@ -22,12 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedface.audits.dp_metrics import (
-    LocalMetricsConfig,
-    average_within_unit,
-    measure_photos,
-    metric_vectors,
-)
+from fedface.audits.dp_metrics import LocalMetricsConfig, average_within_unit, measure_photos, metric_vectors
 from fedface.errors import ConfigError
 from fedface.messages.messages import EvaluationRequest
 from fedface.models.model import Model

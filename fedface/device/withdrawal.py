@@ -157,22 +157,13 @@ def describe_erasure(state: DeviceState, *, ledger: bool) -> list[str]:
             state.index in found,
             "The photo index (dates, places, face crops) is deleted: the next scan reads all photos again.",
         ),
-        (
-            bool(found),
-            "Files are deleted, not overwritten: SSDs, snapshots and backups may still hold them.",
-        ),
-        (
-            not ledger,
-            "The ledger remains: privacy losses so far, and the runs that you left.",
-        ),
+        (bool(found), "Files are deleted, not overwritten: SSDs, snapshots and backups may still hold them."),
+        (not ledger, "The ledger remains: privacy losses so far, and the runs that you left."),
         (
             ledger,
             "THE LEDGER IS DELETED. This restores no privacy: the device only forgets its losses and counts from 0.",
         ),
-        (
-            ledger,
-            "It also forgets which runs you left, and would answer them if your policy allows it.",
-        ),
+        (ledger, "It also forgets which runs you left, and would answer them if your policy allows it."),
         (ledger, "Treat these photos as spent: stop the device, or give it other photos."),
     )
     return [sentence for holds, sentence in effects if holds]

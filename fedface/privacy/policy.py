@@ -178,11 +178,7 @@ class DevicePolicy:
             self._admit_price(planned, ledger)
 
     def check_static(
-        self,
-        dp: DPParameters,
-        purpose: Purpose,
-        *,
-        surroundings: Environment | None = None,
+        self, dp: DPParameters, purpose: Purpose, *, surroundings: Environment | None = None
     ) -> None:
         """All that `admit` checks except cost and load; it also holds for a stored reply.
 

@@ -24,11 +24,7 @@ from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import LedgerSnapshot
 from fedface.privacy.ledger_records import LedgerEntry, LedgerRecord, Transmission, Withdrawal
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.spending import (
-    price_of,
-    spending_curve,
-    spent_against,
-)
+from fedface.privacy.spending import price_of, spending_curve, spent_against
 from fedface.privacy_units import describe_unit
 from fedface.reports import device_log_text
 from fedface.reports.device_log_text import moment

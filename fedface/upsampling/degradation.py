@@ -19,12 +19,7 @@ from torch.nn import functional as F
 
 from fedface.tensor_types import Images, LowImages
 from fedface.upsampling.jpeg import Jpeg
-from fedface.upsampling.resampling_matrices import (
-    bicubic_rows,
-    gaussian_rows,
-    mean_rows,
-    pulse_rows,
-)
+from fedface.upsampling.resampling_matrices import bicubic_rows, gaussian_rows, mean_rows, pulse_rows
 from fedface.validation import In, NonNegativeFloat, PositiveInt, checked
 
 

@@ -11,12 +11,7 @@ from functools import lru_cache
 from typing import ClassVar, TypeAlias, assert_never
 
 from fedface.errors import ConfigError
-from fedface.models.checkpoint import (
-    load_flow,
-    load_gan,
-    load_style_encoder,
-    load_super_resolution,
-)
+from fedface.models.checkpoint import load_flow, load_gan, load_style_encoder, load_super_resolution
 from fedface.models.model import (
     Architecture,
     EncoderArchitecture,
