@@ -11,7 +11,7 @@ import typer
 
 from fedface import number_format
 from fedface.atomic_io import check_output, create_bytes, write_output
-from fedface.cli.console import cell, console, print_json, progress_bars, warn
+from fedface.cli.console import cell, print_json, progress_bars, say, warn
 from fedface.device.config import check_kind, is_accessible_to_others
 from fedface.device.state import DeviceState, device_state, export, known_runs
 from fedface.device.withdrawal import (
@@ -58,11 +58,11 @@ def device_log(device: Path, run: str | None, page: Path | None, json_out: bool)
         return
     _print_log(log, unpromised=state.config.policy.allow_no_dp)
     if page is not None:
-        console.print(f"wrote {page}", highlight=False, soft_wrap=True)
+        say(f"wrote {page}")
 
 
 def open_device(path: Path) -> DeviceState:
-    """What the device of an owner's file keeps; a warning where others may look into it.
+    """The stored state of the device that an owner's file describes; a warning where others can read it.
 
     Raises:
         ConfigError: The file cannot be read, or is of another kind.
@@ -74,9 +74,9 @@ def open_device(path: Path) -> DeviceState:
 
 
 def warn_if_accessible(state: Path) -> None:
-    """A folder that others may look into tells them which runs asked and what was booked."""
+    """Others who can read the folder learn which runs sent tasks and which releases were recorded."""
     if is_accessible_to_others(state):
-        warn(f"others may look into {state}; run chmod 700 on it (the device refuses to work until then)")
+        warn(f"others can read {state}; run chmod 700 on it (the device refuses to work until then)")
 
 
 def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
@@ -94,9 +94,9 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
             _say(f"{over[0].upper()}{over[1:]}.")
     if log.unsent:
         numbers = ", ".join(str(entry.number) for entry in log.unsent)
-        _say(f"Booked and not sent: entries {numbers}. They count as spent.")
+        _say(f"Recorded and not sent: entries {numbers}. They count as spent.")
     for name, when in log.withdrawn.items():
-        _say(f"You left {name}: nothing but refusals leaves for it since {moment(when)}.")
+        _say(f"You withdrew from {name}: only refusals have been sent to it since {moment(when)}.")
     if log.transmissions:
         _say("Not covered by these numbers:")
         _list(device_log_text.not_covered(log.without_noise))
@@ -116,14 +116,14 @@ def device_withdraw(device: Path, run: str, reason: str, yes: bool) -> None:
     state = open_device(device)
     mine = withdrawal_impact(state, run)
     if mine.withdrawn is None:
-        _say(f"Leaving {run}:")
+        _say(f"Withdrawing from {run}:")
         _list(mine.ahead())
         _say("What cannot be undone:")
         _list(mine.lasting())
-        _ask(f"Leave {run}", yes)
+        _confirm(f"Withdraw from {run}", yes)
     deleted = withdraw(state, run, reason)
     when = "now" if mine.withdrawn is None else f"already, on {moment(mine.withdrawn)}"
-    _say(f"You have left {run} {when}; stored replies deleted: {deleted}.")
+    _say(f"You have withdrawn from {run} {when}; stored replies deleted: {deleted}.")
 
 
 def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: bool, yes: bool) -> None:
@@ -133,7 +133,7 @@ def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: 
             "--export and --no-export go with --ledger; `fedface ledger export` copies at any time"
         )
     if ledger and (export_to is None) != no_export:
-        raise ConfigError("--ledger wants either --export FILE, for a copy first, or --no-export")
+        raise ConfigError("--ledger needs either --export FILE, for a copy first, or --no-export")
     state = open_device(device)
     if export_to is not None and export_to.exists():
         # Written by this very command before it was cut short, or something else that must not be lost.
@@ -143,14 +143,14 @@ def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: 
         export_to = None
     plan = files_to_erase(state, ledger=ledger)
     _say(f"Erasing what {state.config.name} stores:")
-    _list([str(one) for one in plan if one.found] or ["no file of it is there"])
-    for one in plan:
-        if not one.found:
-            _say(f"{one}.")
+    _list([str(file) for file in plan if file.found] or ["no file of it is there"])
+    for file in plan:
+        if not file.found:
+            _say(f"{file}.")
     _say("What it means:")
     _list(["Stop the device first: while it works, it may write anew what is deleted here."])
     _list(describe_erasure(state, ledger=ledger))
-    _ask("Erase it", yes)
+    _confirm("Erase it", yes)
     if export_to is not None:
         create_bytes(export_to, _copy(state).encode())
         _say(f"Wrote {export_to}.")
@@ -181,10 +181,12 @@ def _copy(state: DeviceState) -> str:
     return export(state.ledger.verify(), delta=policy.delta, unit=policy.unit, now=utc_now())
 
 
-def _ask(question: str, yes: bool) -> None:
-    """Go on if the owner says so; without a terminal to ask on, only --yes says it."""
+def _confirm(question: str, yes: bool) -> None:
+    """Go on if the owner says so; without a terminal, only --yes says it."""
     if not yes and not sys.stdin.isatty():
-        raise ConfigError("there is no terminal to ask on, so nothing was done; --yes goes on without asking")
+        raise ConfigError(
+            "there is no terminal to confirm on, so nothing was done; --yes goes on without confirmation"
+        )
     if not yes and not typer.confirm(f"{question}?"):
         _say("Nothing was done.")
         raise typer.Exit(1)
@@ -195,5 +197,5 @@ def _list(sentences: Sequence[str]) -> None:
         _say(f"  - {sentence}")
 
 
-def _say(words: str) -> None:
-    console.print(cell(words), highlight=False, soft_wrap=True)
+def _say(text: str) -> None:
+    say(cell(text))

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedface import number_format
 from fedface.atomic_io import create_bytes
-from fedface.cli.console import cell, console, print_json, progress_bars
+from fedface.cli.console import cell, print_json, progress_bars, say, table_of
 from fedface.cli.device_log import open_device, warn_if_accessible
 from fedface.device.config import is_accessible_to_others
 from fedface.device.state import LedgerFiles, export
@@ -34,16 +34,14 @@ def device_keygen(out: Path, experiment: Path) -> None:
     recipe = read_experiment(experiment)
     keys = make_keys(recipe.aggregation, recipe.agreement)
     if keys is None:
-        raise ConfigError(f"{experiment}: sums travel in the open, so there is no key to share")
+        raise ConfigError(f"{experiment}: sums are not encrypted, so there is no key to share")
     out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     keys.save(out)
-    console.print(
-        f"wrote {out} (key {keys.name}); copy it to each device, not to the server", highlight=False
-    )
+    say(f"wrote {out} (key {keys.name}); copy it to each device, not to the server")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class _PricedLedger:
     """Which ledger, and how it is priced."""
 
     ledger: LedgerFiles
@@ -67,42 +65,42 @@ class _Asked:
         return units[0] if units else "photo"
 
 
-def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _Asked:
+def _priced_ledger(path: Path, delta: float | None = None, unit: str | None = None) -> _PricedLedger:
     """The ledger of a device's file, or of a path."""
-    chosen = next((known for known in UNITS if known == unit), None)
-    if unit is not None and chosen is None:
+    named = next((known for known in UNITS if known == unit), None)
+    if unit is not None and named is None:
         raise ConfigError(f"--unit must be one of {', '.join(UNITS)}, got {unit!r}")
     if path.suffix in (".yaml", ".yml"):
         state = open_device(path)
         policy = state.config.policy
-        return _Asked(
+        return _PricedLedger(
             ledger=state.ledger,
             delta=policy.delta if delta is None else delta,
-            unit=chosen or policy.unit,
+            unit=named or policy.unit,
         )
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; expected a device file or a ledger.sqlite")
     if is_accessible_to_others(path) or LedgerFiles.at(path).head.exists():  # an export may lie in any folder
         warn_if_accessible(path.parent)
-    return _Asked(
+    return _PricedLedger(
         ledger=LedgerFiles.at(path),
         delta=DEFAULT_DELTA if delta is None else delta,
-        unit=chosen,
+        unit=named,
     )
 
 
 def ledger_show(path: Path, delta: float | None, unit: str | None, all_totals: bool, json_out: bool) -> None:
     """`fedface ledger show`."""
-    asked = _asked(path, delta, unit)
-    snapshot = asked.ledger.verify()
+    chosen = _priced_ledger(path, delta, unit)
+    snapshot = chosen.ledger.verify()
     entries = snapshot.entries
-    whose = asked.unit_of(entries)
+    shown_unit = chosen.unit_of(entries)
     with progress_bars() as bars:
         bars.stage("pricing", len(entries))
         most = None if all_totals else MOMENTS
-        so_far = totals(snapshot.records, delta=asked.delta, unit=whose, most=most)
-        alone = {entry.number: price_of([entry], delta=asked.delta, unit=whose) for entry in entries}
-        spent = price_of(snapshot.charges, delta=asked.delta, unit=whose)
+        so_far = totals(snapshot.records, delta=chosen.delta, unit=shown_unit, most=most)
+        alone = {entry.number: price_of([entry], delta=chosen.delta, unit=shown_unit) for entry in entries}
+        spent = price_of(snapshot.charges, delta=chosen.delta, unit=shown_unit)
     if json_out:
         rows = [
             {
@@ -113,52 +111,40 @@ def ledger_show(path: Path, delta: float | None, unit: str | None, all_totals: b
             }
             for entry in entries
         ]
-        record = {"entries": rows, "delta": asked.delta, "unit": whose, "spent": spent.to_record()}
+        record = {"entries": rows, "delta": chosen.delta, "unit": shown_unit, "spent": spent.to_record()}
         print_json(record)
         return
-    console.print(
-        f"every epsilon at delta {format_delta(asked.delta)}, per {whose}, its bounds in brackets; per: the unit of "
-        "the run; noise: the multiplier",
-        highlight=False,
-        soft_wrap=True,
+    say(
+        f"every epsilon at delta {format_delta(chosen.delta)}, per {shown_unit}, its bounds in brackets; per: the unit "
+        "of the run; noise: the multiplier"
     )
-    console.print(_table(entries, alone, so_far))
+    say(_table(entries, alone, so_far))
     if len(so_far) < len(entries):
-        console.print(f"totals of {len(so_far)} of {len(entries)} entries; --all-totals prices them all")
+        say(f"totals of {len(so_far)} of {len(entries)} entries; --all-totals prices them all")
     own = "a run's own guarantee may have another delta or unit"
-    if asked.unit is None:
+    if chosen.unit is None:
         own += f"; for another price: fedface ledger show {cell(path)} --delta 1e-6"
-        own += "" if whose == "photo" else " --unit photo"
-    console.print(f"spent: {spent} ({own})", highlight=False, soft_wrap=True)
+        own += "" if shown_unit == "photo" else " --unit photo"
+    say(f"spent: {spent} ({own})")
 
 
 def _table(entries: list[LedgerEntry], alone: dict[int, Epsilon], so_far: dict[int, Epsilon]) -> Table:
-    table = Table(box=None)
-    for heading in (
-        "no.",
-        "written (UTC)",
-        "run",
-        "round",
-        "what",
-        "per",
-        "noise",
-        "this alone",
-        "all so far",
-    ):
-        table.add_column(heading)
+    table = table_of(
+        "no.", "written (UTC)", "run", "round", "what", "per", "noise", "this alone", "all so far"
+    )
     for entry in entries:
         again = f" (attempt {entry.attempt})" if entry.attempt > 1 else ""
-        words = (
+        cells = (
             entry.number, entry.written[:16].replace("T", " "), entry.run,
             f"{entry.round}{again}", _released(entry), entry.unit, _noise(entry.metadata.get("noise_multiplier")),
             _bounds(alone[entry.number]), _bounds(so_far[entry.number]) if entry.number in so_far else "",
         )  # fmt: skip
-        table.add_row(*(cell(word) for word in words))
+        table.add_row(*map(cell, cells))
     return table
 
 
-def _noise(noted: str | None) -> str:
-    return "not noted" if noted is None else f"{float(noted):.4g}"
+def _noise(recorded: str | None) -> str:
+    return "not recorded" if recorded is None else f"{float(recorded):.4g}"
 
 
 def _bounds(price: Epsilon) -> str:
@@ -169,16 +155,16 @@ def _bounds(price: Epsilon) -> str:
 
 
 def _released(entry: LedgerEntry) -> str:
-    """What an entry was recorded for: metrics, or an update of what."""
+    """What an entry released: metrics, or an update, with its objective."""
     objective = entry.metadata.get("objective")
     if objective is None:
-        return "not noted"
+        return "not recorded"
     return "metrics" if objective == EVALUATION else f"update ({objective})"
 
 
 def ledger_verify(path: Path, json_out: bool) -> None:
     """`fedface ledger verify`."""
-    files = _asked(path).ledger
+    files = _priced_ledger(path).ledger
     snapshot = files.verify()
     witness = files.witness_file if files.witnessed else None
     if json_out:
@@ -197,25 +183,21 @@ def ledger_verify(path: Path, json_out: bool) -> None:
         f"{count} {one if count == 1 else several}"
         for count, one, several in (
             (len(snapshot.records), "record", "records"),
-            (len(snapshot.entries), "release booked", "releases booked"),
+            (len(snapshot.entries), "release recorded", "releases recorded"),
             (len(snapshot.transmissions), "transmission", "transmissions"),
         )
     )
     seen = f"the witness {witness} agrees" if witness else "it has no witness"
-    console.print(
-        f"ledger {cell(files.path)}: ok, {counts}, head {snapshot.head}; {cell(seen)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"ledger {cell(files.path)}: ok, {counts}, head {snapshot.head}; {cell(seen)}")
 
 
 def ledger_export(path: Path, out: Path | None, delta: float | None, unit: str | None) -> None:
     """`fedface ledger export`."""
-    asked = _asked(path, delta, unit)
-    snapshot = asked.ledger.verify()
-    text = export(snapshot, delta=asked.delta, unit=asked.unit_of(snapshot.entries), now=utc_now())
+    chosen = _priced_ledger(path, delta, unit)
+    snapshot = chosen.ledger.verify()
+    text = export(snapshot, delta=chosen.delta, unit=chosen.unit_of(snapshot.entries), now=utc_now())
     if out is None:
         print(text, end="")
         return
     create_bytes(out, text.encode())
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    say(f"wrote {out}")

@@ -30,23 +30,23 @@ def policy_check(
     json_out: JsonOption = False,
 ) -> None:
     """Explain what a policy allows, and whether its device would take part in a run."""
-    from fedface.cli.policy_check import opened, print_answer, print_as_json, read_owned
+    from fedface.cli.policy_check import ledger_of, print_report, print_report_as_json, read_policy_file
     from fedface.device.config import check_kind
 
     if experiment is None and set:
         raise ConfigError("--set changes an experiment; name one with --experiment")
     if experiment is not None:
         check_kind(experiment, "experiment")
-    owned, answer = read_owned(file, ledger), None
-    with opened(owned) as book:
+    source, report = read_policy_file(file, ledger), None
+    with ledger_of(source) as session:
         if experiment is not None:
-            from fedface.cli.policy_verdicts import answer_experiment
+            from fedface.cli.policy_verdicts import judge_experiment
 
-            answer = answer_experiment(experiment, parse_changes(set), owned.policy, book)
-        spent = [book.spent_against(budget).upper for budget in owned.policy.budgets]
+            report = judge_experiment(experiment, parse_changes(set), source.policy, session)
+        spent = [session.spent_against(budget).upper for budget in source.policy.budgets]
     if json_out:
-        print_as_json(owned, spent, answer)
+        print_report_as_json(source, spent, report)
     else:
-        print_answer(file, owned, spent, answer)
-    if answer is not None and answer.refusal is not None:
+        print_report(file, source, spent, report)
+    if report is not None and report.refusal is not None:
         raise typer.Exit(1)

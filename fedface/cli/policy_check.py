@@ -29,39 +29,38 @@ DEVICE_KEYS = ("policy", "photos", "state")  # any of them at the top level make
 
 
 @dataclass(frozen=True, kw_only=True)
-class Owned:
-    """A policy, and the ledger that was named, or that its device keeps if the file is a device's."""
+class PolicyFile:
+    """A policy, and the ledger that was named, or that of its device if the file is a device's."""
 
     policy: DevicePolicy
-    ledger: Path | None  # None: there is none, nor a trace of one
-    book: Ledger | None  # the same, verified
-    doubts: Sequence[str]  # what is probably not meant, one sentence each
+    ledger_path: Path | None  # None: there is none, nor a trace of one
+    ledger: Ledger | None  # verified
+    warnings: Sequence[str]  # one sentence each
 
 
-def read_owned(file: Path, ledger: Path | None) -> Owned:
+def read_policy_file(file: Path, named: Path | None) -> PolicyFile:
     """The policy of a file and its ledger; a missing ledger is an error where its head or witness exists."""
-    doubts: list[str] = []
+    warnings: list[str] = []
     if all(section(file, key) is None for key in DEVICE_KEYS):
         check_kind(file, "policy")
         allowed, own = read(file, DevicePolicy), None
     else:
-        state = _working(file)
+        state = _working_state(file)
         allowed, own = state.config.policy, state.ledger
         if is_accessible_to_others(own.path):  # opening a ledger does it by itself
-            doubts = [f"others could read {own.path}; run chmod 600 on it"]
-    doubts = [*allowed.warnings(), *doubts]
-    if ledger is None:
-        book = None if own is None else own.open_existing()
-        path = None if own is None or book is None else own.path
-        return Owned(policy=allowed, ledger=path, book=book, doubts=doubts)
-    named = own if own is not None and own.path.resolve() == ledger.resolve() else LedgerFiles.at(ledger)
-    book = named.open_existing()
-    if book is None:
-        raise ConfigError(f"{ledger}: no ledger here")
-    return Owned(policy=allowed, ledger=ledger, book=book, doubts=doubts)
+            warnings = [f"others could read {own.path}; run chmod 600 on it"]
+    is_own = named is None or (own is not None and own.path.resolve() == named.resolve())
+    files = own if is_own or named is None else LedgerFiles.at(named)
+    ledger = None if files is None else files.open_existing()
+    if ledger is None and named is not None:
+        raise ConfigError(f"{named}: no ledger here")
+    path = named or (None if own is None or ledger is None else own.path)
+    return PolicyFile(
+        policy=allowed, ledger_path=path, ledger=ledger, warnings=[*allowed.warnings(), *warnings]
+    )
 
 
-def _working(file: Path) -> DeviceState:
+def _working_state(file: Path) -> DeviceState:
     """The state of a device file, after checking that the device could work and that its policy's folders exist."""
     read_device_config(file)
     state = device_state(file)
@@ -72,10 +71,10 @@ def _working(file: Path) -> DeviceState:
 
 
 @contextmanager
-def opened(owned: Owned) -> Iterator[Ledger]:
+def ledger_of(source: PolicyFile) -> Iterator[Ledger]:
     """The existing ledger, or an empty temporary one."""
-    if owned.book is not None:
-        yield owned.book
+    if source.ledger is not None:
+        yield source.ledger
         return
     with TemporaryDirectory() as folder:
         yield Ledger.open(Path(folder) / "ledger.sqlite")
@@ -90,55 +89,57 @@ def _now(allowed: DevicePolicy) -> str | None:
     return None
 
 
-def _left(owned: Owned, spent: Sequence[float]) -> list[str]:
-    """What is spent of each budget, and where nothing is left."""
-    if owned.ledger is None:
+def _spending(source: PolicyFile, spent: Sequence[float]) -> list[str]:
+    """How much of each budget is spent, and which are exhausted."""
+    if source.ledger_path is None:
         return ["no ledger yet: nothing is spent"]
     lines = []
-    for epsilon, limit in zip(spent, owned.policy.budgets, strict=True):
-        lines.append(f"spent according to {owned.ledger}: {format_upper_bound(epsilon)}; allowed: {limit}")
-        over = overspending(epsilon, limit, unpromised=owned.policy.allow_no_dp)
+    for epsilon, limit in zip(spent, source.policy.budgets, strict=True):
+        lines.append(
+            f"spent according to {source.ledger_path}: {format_upper_bound(epsilon)}; allowed: {limit}"
+        )
+        over = overspending(epsilon, limit, unpromised=source.policy.allow_no_dp)
         lines += [] if over is None else [over]
     return lines
 
 
-def print_answer(file: Path, owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
+def print_report(file: Path, source: PolicyFile, spent: Sequence[float], report: PolicyReport | None) -> None:
     """For people, in sentences."""
-    ended = owned.policy.ended(SystemEnvironment())
+    ended = source.policy.ended(SystemEnvironment())
     lines = [
-        *([] if answer is None else answer.describe()),
+        *([] if report is None else report.describe()),
         *([] if ended is None else [ended]),
         f"{file} allows:",
-        *(f"  {line}" for line in owned.policy.describe()),
-        *_left(owned, spent),
-        *(f"warning: {doubt}" for doubt in owned.doubts),
+        *(f"  {line}" for line in source.policy.describe()),
+        *_spending(source, spent),
+        *(f"warning: {warning}" for warning in source.warnings),
     ]
-    if (reason := _now(owned.policy)) is not None:
+    if (reason := _now(source.policy)) is not None:
         lines.append(f"not now: {reason}")
     for line in lines:
         say(cell(line))
 
 
-def print_as_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
+def print_report_as_json(source: PolicyFile, spent: Sequence[float], report: PolicyReport | None) -> None:
     """For programs."""
     record = {
-        "policy": encode(owned.policy),
-        "ledger": None if owned.ledger is None else str(owned.ledger),
+        "policy": encode(source.policy),
+        "ledger": None if source.ledger_path is None else str(source.ledger_path),
         "spent": [
             {
                 **asdict(limit),
                 "spent": epsilon,
-                "nothing_left": overspending(epsilon, limit, unpromised=owned.policy.allow_no_dp),
+                "nothing_left": overspending(epsilon, limit, unpromised=source.policy.allow_no_dp),
             }
-            for epsilon, limit in zip(spent, owned.policy.budgets, strict=True)
+            for epsilon, limit in zip(spent, source.policy.budgets, strict=True)
         ],
-        "asked": [] if answer is None else [asdict(verdict) for verdict in answer.verdicts],
-        "together": None if answer is None or answer.together is None else asdict(answer.together),
-        "privacy": None if answer is None else answer.privacy,
-        "would_take_part": None if answer is None else answer.refusal is None,
-        "refusal": None if answer is None else answer.refusal,
-        "ended": owned.policy.ended(SystemEnvironment()),
-        "warnings": list(owned.doubts),
-        "not_at_this_moment": _now(owned.policy),
+        "requests": [] if report is None else [asdict(verdict) for verdict in report.verdicts],
+        "together": None if report is None or report.together is None else asdict(report.together),
+        "privacy": None if report is None else report.privacy,
+        "would_take_part": None if report is None else report.refusal is None,
+        "refusal": None if report is None else report.refusal,
+        "ended": source.policy.ended(SystemEnvironment()),
+        "warnings": list(source.warnings),
+        "not_at_this_moment": _now(source.policy),
     }
     print_json(record)

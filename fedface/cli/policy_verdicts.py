@@ -19,29 +19,33 @@ from fedface.privacy.privacy_target import NoPrivacy
 from fedface.privacy_units import Unit
 
 
-def answer_experiment(
-    experiment: Path, changes: Mapping[str, str], allowed: DevicePolicy, book: Ledger
+def judge_experiment(
+    experiment: Path, changes: Mapping[str, str], allowed: DevicePolicy, ledger: Ledger
 ) -> PolicyReport:
     """Whether a policy admits an experiment with some changes, beside what a ledger holds; nothing is recorded."""
     recipe = read_experiment(experiment, changes=changes)
     plan = recipe.plan()
-    asked: list[tuple[str, str, DPParameters]] = [("training", recipe.training.objective, plan.dp_parameters)]
+    requests: list[tuple[str, str, DPParameters]] = [
+        ("training", recipe.training.objective, plan.dp_parameters)
+    ]
     if plan.evaluation is not None:
-        asked.append(("evaluation", EVALUATION, plan.evaluation))
-    # Hours and power are another matter: the run may ask again later.
-    whenever = replace(allowed, hours=(), require_ac_power=False, min_battery=0.0, max_load=None)
-    verdicts = tuple(_verdict(what, word, terms, recipe, whenever, book) for what, word, terms in asked)
+        requests.append(("evaluation", EVALUATION, plan.evaluation))
+    # Hours and power are not considered: the run may request again later.
+    unconditional = replace(allowed, hours=(), require_ac_power=False, min_battery=0.0, max_load=None)
+    verdicts = tuple(
+        _verdict(what, word, terms, recipe, unconditional, ledger) for what, word, terms in requests
+    )
     priced = plan.dp_parameters.is_private and all(verdict.prices for verdict in verdicts)
     return PolicyReport(
         experiment=experiment,
         verdicts=verdicts,
-        together=_together(plan, whenever, book, verdicts) if priced and len(verdicts) > 1 else None,
-        privacy=_other_promise(plan, allowed) if any(verdict.prices for verdict in verdicts) else None,
+        together=_together(plan, unconditional, ledger, verdicts) if priced and len(verdicts) > 1 else None,
+        privacy=_other_guarantee(plan, allowed) if any(verdict.prices for verdict in verdicts) else None,
     )
 
 
 def _verdict(
-    what: str, objective: str, terms: DPParameters, recipe: Experiment, allowed: DevicePolicy, book: Ledger
+    what: str, objective: str, terms: DPParameters, recipe: Experiment, allowed: DevicePolicy, ledger: Ledger
 ) -> Verdict:
     refusal: str | None = None
     prices: tuple[Price, ...] = ()
@@ -50,12 +54,12 @@ def _verdict(
         allowed.check_static(terms, purpose)
         prices = tuple(
             replace(
-                _price(terms.event(), terms.unit, limit, book),
-                rounds_that_fit=book.rounds_that_fit(terms, limit),
+                _price(terms.event(), terms.unit, limit, ledger),
+                rounds_that_fit=ledger.rounds_that_fit(terms, limit),
             )
             for limit in allowed.budgets
         )
-        allowed.admit(terms, purpose, book)
+        allowed.admit(terms, purpose, ledger)
     except PolicyRefusal as error:
         refusal = error.reason
     return Verdict(
@@ -63,30 +67,30 @@ def _verdict(
     )  # fmt: skip
 
 
-def _price(event: Event, unit: Unit, limit: Budget, book: Ledger) -> Price:
-    alone, so_far, together = book.price(event, limit, run_unit=unit)
+def _price(event: Event, unit: Unit, limit: Budget, ledger: Ledger) -> Price:
+    alone, so_far, together = ledger.price(event, limit, run_unit=unit)
     return Price(
-        limit=limit, asked=alone.upper, spent=so_far.upper, together=together.upper, rounds_that_fit=None
+        limit=limit, requested=alone.upper, spent=so_far.upper, together=together.upper, rounds_that_fit=None
     )
 
 
 def _together(
-    plan: Plan, allowed: DevicePolicy, book: Ledger, verdicts: Sequence[Verdict]
+    plan: Plan, allowed: DevicePolicy, ledger: Ledger, verdicts: Sequence[Verdict]
 ) -> CombinedVerdict:
     """All requests of a run against the lifetime budget; a refusal of one request alone is not repeated here."""
     life, unit = allowed.budgets[0], plan.dp_parameters.unit
-    short = book.check_budget(plan.total_event(), [life], run_unit=unit)
+    short = ledger.check_budget(plan.total_event(), [life], run_unit=unit)
     alone = any(verdict.refusal is not None for verdict in verdicts)
     return CombinedVerdict(
         fits=short is None,
         refusal=None
         if short is None or alone
         else f"all requests together need {describe_briefly(short)}, and a run is admitted as a whole",
-        price=_price(plan.total_event(), unit, life, book),
+        price=_price(plan.total_event(), unit, life, ledger),
     )
 
 
-def _other_promise(plan: Plan, allowed: DevicePolicy) -> str | None:
+def _other_guarantee(plan: Plan, allowed: DevicePolicy) -> str | None:
     """The recipe's own guarantee, where its delta or unit differs from this device's."""
     target = plan.privacy
     if isinstance(target, NoPrivacy) or (target.delta, target.unit) == (allowed.delta, allowed.unit):
