@@ -46,7 +46,7 @@ def fill(path: Path, entries: int) -> None:
             }  # fmt: skip
             entry = page.append("release", content).number
             page.append("attempt", {}, entry=entry)
-            page.append("answer", {"payload_digest": f"{number:064x}"}, entry=entry)
+            page.append("reply", {"payload_digest": f"{number:064x}"}, entry=entry)
             sent = {
                 "run": f"run-{number // 100}", "round": number % 100, "kind": "update", "receiver": "server:9092",
                 "protection": "noise multiplier 6 per photo, encrypted", "reason": "", "bytes": len(PAYLOAD),

@@ -105,7 +105,7 @@ def replace_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
     except BaseException as error:
         draft.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # of the draft nobody has heard
+            error.filename, error.filename2 = str(path), None  # the draft is not the path of the caller
         raise
     try:
         sync_folder(target.parent)

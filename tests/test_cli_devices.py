@@ -199,7 +199,7 @@ def test_an_export_is_a_new_private_file(fedface, used: Path) -> None:  # type: 
     assert {**printed, "created": ""} == {**reported, "created": ""}
 
 
-def test_the_log_is_printed_in_plain_words(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_log_is_printed_for_people(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """Content, size, receiver, protection and cost; and the remaining budgets."""
     result = fedface("device", "log", "device.yaml")
     alone, three = epsilon_of(EVENT, 1e-3), several(3)
@@ -289,7 +289,7 @@ def test_withdrawing_prints_its_effects_and_what_cannot_be_undone(fedface, used:
     two = several(2)
     result = fedface("device", "withdraw", "device.yaml", "--run", "faces", "--reason", "my own business")
     for words in (
-        "answers faces only with refusals. This cannot be revoked.",
+        "sends only refusals to faces. This cannot be revoked.",
         "The server is informed at its next request.",
         "updates of round 1 and metrics of evaluation 1",
         str(two),
@@ -353,8 +353,8 @@ def test_the_ledger_is_erased_only_with_export_or_no_export(fedface, used: Path)
     (used / "there.json").write_text("mine")
     before = files_in(used)
     for words, reason in (
-        (["--ledger"], "wants either --export FILE"),
-        (["--ledger", "--export", "a.json", "--no-export"], "wants either --export FILE"),
+        (["--ledger"], "needs either --export FILE"),
+        (["--ledger", "--export", "a.json", "--no-export"], "needs either --export FILE"),
         (["--export", "a.json"], "go with --ledger"),
         (["--ledger", "--export", "there.json"], "not overwritten"),
     ):
@@ -453,7 +453,7 @@ def test_an_overspent_device_has_nothing_left(fedface, used: Path) -> None:  # t
     three = several(3).upper
     where = "at delta 0.001 per photo."
     assert (
-        f"Nothing is left: everything will be refused; over by {format_upper_bound(three - 0.1)} {where}"
+        f"Nothing remains: everything will be refused; over by {format_upper_bound(three - 0.1)} {where}"
         in result
     )
     assert f"older than that; over by {format_upper_bound(three - 0.05)} {where}" in result

@@ -188,7 +188,7 @@ def test_evaluation_is_reported_separately(check, willing: Path) -> None:  # typ
     result = check(willing, *asks)
     assert result.code == 1
     assert 'training ("generator", 6 rounds, per photo): would take part' in result.out
-    assert result.out.startswith(f"this device would refuse {DEMO}: this run asks for evaluation metrics")
+    assert result.out.startswith(f"this device would refuse {DEMO}: this run requests evaluation metrics")
     assert "training and evaluation together" not in result.out
     willing.write_text(WILLING + "evaluation: true\n")
     result = check(willing, *asks)
@@ -215,7 +215,7 @@ def test_hours_and_power_are_printed_but_are_no_refusal(  # type: ignore[no-unty
     result = check(willing, "--experiment", DEMO)
     assert result.code == 0
     assert "this device takes part only on mains" in result.out
-    assert "not now: mains is not connected; the policy asks for it (require_ac_power)" in result.out
+    assert "not now: mains is not connected; the policy requires it (require_ac_power)" in result.out
 
 
 def test_a_run_without_dp_has_no_finite_cost(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
@@ -358,9 +358,9 @@ def test_an_overspent_ledger_leaves_nothing(check, willing: Path, tmp_path: Path
     result = check(willing, "--ledger", own)
     spent = Ledger.open(own).spent(1e-5).upper
     over = format_upper_bound(spent - 0.5)
-    sentence = f"nothing is left: everything will be refused; over by {over} at delta 1e-5 per photo"
+    sentence = f"nothing remains: everything will be refused; over by {over} at delta 1e-5 per photo"
     assert result.code == 0 and sentence in result.out.splitlines()
-    assert json.loads(check(willing, "--ledger", own, "--json").out)["spent"][0]["nothing_left"] == sentence
+    assert json.loads(check(willing, "--ledger", own, "--json").out)["spent"][0]["exhausted"] == sentence
 
 
 def test_the_readmes_command_is_answered_with_yes(check, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -66,7 +66,7 @@ def test_a_run_that_fails_in_its_audits_keeps_its_rounds(
     assert result.code == 0, result.err
     record = run_record.read(Path("runs/tiny"))
     assert record.attacks[0].identification.candidates == 3
-    shortened = "shortened to 2 of 300 iterations: what it did not recover is no evidence"
+    shortened = "shortened to 2 of 300 iterations: what it did not recover is not evidence"
     assert shortened in " ".join(result.out.split())
     assert any(shortened in note for note in record.notes)
     for name in ("report.html", "model-card.md"):

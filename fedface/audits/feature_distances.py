@@ -227,8 +227,8 @@ def _check_blocks(a: Tensor, b: Tensor) -> None:
         raise ValueError(f"an interval needs at least {2 * BLOCKS} faces a side, got {len(a)} and {len(b)}")
 
 
-def _all_but(parts: Sequence[Tensor], left_out: int) -> Tensor:
-    return torch.cat([part for index, part in enumerate(parts) if index != left_out])
+def _all_but(parts: Sequence[Tensor], excluded: int) -> Tensor:
+    return torch.cat([part for index, part in enumerate(parts) if index != excluded])
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> float:

@@ -56,7 +56,7 @@ def device_log(device: Path, run: str | None, page: Path | None, json_out: bool)
     if json_out:
         print_json(log.record())
         return
-    _print_log(log, unpromised=state.config.policy.allow_no_dp)
+    _print_log(log, no_dp_allowed=state.config.policy.allow_no_dp)
     if page is not None:
         say(f"wrote {page}")
 
@@ -79,7 +79,7 @@ def warn_if_accessible(state: Path) -> None:
         warn(f"others can read {state}; run chmod 700 on it (the device refuses to work until then)")
 
 
-def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
+def _print_log(log: DeviceLog, *, no_dp_allowed: bool) -> None:
     _say(f"What left {log.device}{'' if log.run is None else f' for {log.run}'}, newest last")
     if not log.records:
         _say("Nothing was sent.")
@@ -90,7 +90,7 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
     _say(f"Together: {number_format.size(log.bytes)} in {payloads}.".replace(number_format.SPACE, " "))
     for budget in log.budgets:
         _say(budget.describe() + (" (all runs together)" if log.run is not None else ""))
-        if (over := overspending(budget.spent.upper, budget.budget, unpromised=unpromised)) is not None:
+        if (over := overspending(budget.spent.upper, budget.budget, no_dp_allowed=no_dp_allowed)) is not None:
             _say(f"{over[0].upper()}{over[1:]}.")
     if log.unsent:
         numbers = ", ".join(str(entry.number) for entry in log.unsent)

@@ -98,7 +98,7 @@ def _spending(source: PolicyFile, spent: Sequence[float]) -> list[str]:
         lines.append(
             f"spent according to {source.ledger_path}: {format_upper_bound(epsilon)}; allowed: {limit}"
         )
-        over = overspending(epsilon, limit, unpromised=source.policy.allow_no_dp)
+        over = overspending(epsilon, limit, no_dp_allowed=source.policy.allow_no_dp)
         lines += [] if over is None else [over]
     return lines
 
@@ -129,7 +129,7 @@ def print_report_as_json(source: PolicyFile, spent: Sequence[float], report: Pol
             {
                 **asdict(limit),
                 "spent": epsilon,
-                "nothing_left": overspending(epsilon, limit, unpromised=source.policy.allow_no_dp),
+                "exhausted": overspending(epsilon, limit, no_dp_allowed=source.policy.allow_no_dp),
             }
             for epsilon, limit in zip(spent, source.policy.budgets, strict=True)
         ],

@@ -1,4 +1,4 @@
-"""A device that answers tasks. Importing it loads none of the code that trains, encrypts or evaluates."""
+"""A device that works on tasks. Importing it loads none of the code that trains, encrypts or evaluates."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _faces(config: DeviceConfig, size: int) -> DeviceDataset:
         scan_library(config.photos, detector=finder, crop_size=size, selection=_selection(config))
         library = PhotoLibrary(config.photos, detector=finder.name, selection=_selection(config))
     except EmptyLibrary as error:
-        log.warning("%s; this round is answered with noise alone", error)
+        log.warning("%s; the reply to this round is noise alone", error)
         return DeviceDataset.independent(torch.zeros(0, 3, size, size))
     if (problem := _too_many(library, config)) is not None:
         raise LibraryError(problem)

@@ -66,9 +66,9 @@ def check_request(request: EvaluationRequest, model: Model) -> None:
             "the downscale of an evaluation must not add noise, which one photo's metrics would not depend on alone"
         )
     # An untrusted request must not occupy a device for days, nor exhaust its memory.
-    if (asked := evaluation_count(request.method)) > MAX_EVALUATIONS:
+    if (evaluations := evaluation_count(request.method)) > MAX_EVALUATIONS:
         raise ConfigError(
-            f"at most {MAX_EVALUATIONS:,} network evaluations per face are allowed, got {asked:,}"
+            f"at most {MAX_EVALUATIONS:,} network evaluations per face are allowed, got {evaluations:,}"
         )
     match request.method:
         case GuidedFlowConfig(covariance="isotropic"):
@@ -89,7 +89,7 @@ def check_request(request: EvaluationRequest, model: Model) -> None:
     check_method(request.method, model, request.downscale, size=model.size)
     # A test on a grey image: an error here occurs before anything is recorded and reveals nothing about a photo.
     try:
-        _answerer(model, request, seed=0)(torch.full((1, 3, model.size, model.size), 0.5))
+        _metric_function(model, request, seed=0)(torch.full((1, 3, model.size, model.size), 0.5))
     except (RuntimeError, ValueError, MemoryError) as error:
         raise ConfigError(f"this evaluation fails already on a grey image: {error}") from error
 
@@ -112,29 +112,29 @@ def compute_local_metrics(
         ConfigError: The method does not support the model.
     """
     terms, config = request.dp, request.metrics
-    answer = _answerer(model, request, seed)
+    measure = _metric_function(model, request, seed)
     units = mine.units(terms.unit)
 
     def rows(positions: Tensor) -> Tensor:
         parts = [
-            _answered(answer, in_floats(mine.images[i : i + 1]).clone(), config) for i in positions.tolist()
+            _measured(measure, in_floats(mine.images[i : i + 1]).clone(), config) for i in positions.tolist()
         ]
         return average_within_unit(torch.cat(parts), units[positions])
 
     return private_sum_of(rows, config.width, units, SampledMechanism.of(terms, rng))
 
 
-Answerer = Callable[[Images], Tensor]  # one photo (1, 3, s, s) -> its vector (1, d)
+MetricFunction = Callable[[Images], Tensor]  # one photo (1, 3, s, s) -> its vector (1, d)
 
 
-def _answerer(model: Model, request: EvaluationRequest, seed: int) -> Answerer:
+def _metric_function(model: Model, request: EvaluationRequest, seed: int) -> MetricFunction:
     """A function from a photo to its vector; its running time depends on the request, not on the photo."""
     method = _to_the_end(with_workers(request.method, 1))
     streams = Streams(seed).child("metrics")
     upsampler = make_upsampler(method, model, request.downscale, streams, size=model.size)
     detector = NetworkDetector()
 
-    def answer(photo: Images) -> Tensor:
+    def measure(photo: Images) -> Tensor:
         low = request.downscale.apply(photo).clamp(0.0, 1.0)
         found = upsampler.upsample(low, faces_per_photo=1)
         generated = found.images[:, 0]
@@ -142,13 +142,13 @@ def _answerer(model: Model, request: EvaluationRequest, seed: int) -> Answerer:
         measured = measure_photos(photo, generated, found.consistency_error[:, 0], seen, request.metrics)
         return metric_vectors(measured, request.metrics, clip_norm=request.dp.schedule.clip_norm)
 
-    return answer
+    return measure
 
 
-def _answered(answer: Answerer, photo: Images, config: LocalMetricsConfig) -> Tensor:
+def _measured(measure: MetricFunction, photo: Images, config: LocalMetricsConfig) -> Tensor:
     """One photo's vector, (1, d); zeros if a network failed on it, because an error would reveal information."""
     try:
-        return answer(photo)
+        return measure(photo)
     except Exception:
         log.exception("a photo could not be evaluated; it contributes zeros")
         return torch.zeros(1, config.width)

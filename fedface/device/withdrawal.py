@@ -33,9 +33,9 @@ class WithdrawalImpact:
     def ahead(self) -> list[str]:
         """The effects of withdrawing, one sentence each."""
         return [
-            f"From now on this device answers {self.run} only with refusals. This cannot be revoked.",
+            f"From now on this device sends only refusals to {self.run}. This cannot be revoked.",
             "The server is informed at its next request. It then removes this device from the run and its name from "
-            "the run's files, and does not ask again.",
+            "the run's files, and sends no further requests.",
             "Stored replies for this run are deleted. The recorded privacy loss remains, because it cannot be undone.",
             "A server that uses another name starts another run, which your policy judges anew.",
         ]
@@ -72,13 +72,13 @@ def withdrawal_impact(state: DeviceState, run: str) -> WithdrawalImpact:
         raise ConfigError(f"no run {run!r} on this device; {detail}")
     policy = state.config.policy
     mine = [entry for entry in snapshot.entries if entry.run in (run, metrics_ledger_key(run))]
-    paid = [charge for charge in snapshot.charges if charge.is_of(run)]
+    charged = [charge for charge in snapshot.charges if charge.is_of(run)]
     return WithdrawalImpact(
         run=run,
         withdrawn=snapshot.withdrawals.get(run),
         rounds=_rounds(mine, run),
         evaluations=_rounds(mine, metrics_ledger_key(run)),
-        price=price_of(paid, delta=policy.delta, unit=policy.unit),
+        price=price_of(charged, delta=policy.delta, unit=policy.unit),
     )
 
 
@@ -158,12 +158,15 @@ def describe_erasure(state: DeviceState, *, ledger: bool) -> list[str]:
             "The photo index (dates, places, face crops) is deleted: the next scan reads all photos again.",
         ),
         (bool(found), "Files are deleted, not overwritten: SSDs, snapshots and backups may still hold them."),
-        (not ledger, "The ledger remains: privacy losses so far, and the runs that you left."),
+        (not ledger, "The ledger remains: privacy losses so far, and the runs that you withdrew from."),
         (
             ledger,
             "THE LEDGER IS DELETED. This restores no privacy: the device only forgets its losses and counts from 0.",
         ),
-        (ledger, "It also forgets which runs you left, and would answer them if your policy allows it."),
+        (
+            ledger,
+            "It also forgets which runs you withdrew from, and would take part in them if your policy allows it.",
+        ),
         (ledger, "Treat these photos as spent: stop the device, or give it other photos."),
     )
     return [sentence for holds, sentence in effects if holds]

@@ -15,7 +15,7 @@ from fedface.validation import Above, checked
 @dataclass(frozen=True, kw_only=True)
 @checked
 class Budget:
-    """At most epsilon at delta for one unit, over everything booked for life, or within the last `days` days.
+    """At most epsilon at delta for one unit, over everything recorded for life, or within the last `days` days.
 
     Raises:
         ValueError: A number outside its bounds.
@@ -41,31 +41,31 @@ class BudgetExceeded:
     """The first limit that a release would break, and by how much; every number is an upper bound."""
 
     budget: Budget  # what is allowed, at which delta, of which unit and period
-    asked: float  # what the release alone costs
-    spent: float  # what is booked in the limit's period
+    requested: float  # what the release alone costs
+    spent: float  # what counts in the limit's period
     together: float  # what both cost together, composed: less than their sum
 
     def describe(self) -> str:
-        """All numbers in one phrase that can follow "asks for"."""
+        """All numbers in one phrase that can follow "requests"."""
         limit = self.budget
         return (
-            f"epsilon {self.asked:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
+            f"epsilon {self.requested:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
             f"(together {self.together:.3f}, delta {format_delta(limit.delta)}, per {limit.unit} {limit.period})"
         )
 
 
 def describe_briefly(short: BudgetExceeded) -> str:
-    """What does not fit, as a phrase that can follow "asks for"; every epsilon is an upper bound and says so."""
+    """The exceeded budget, as a phrase that can follow "requests"; every epsilon is an upper bound and says so."""
     limit = short.budget
     return (
-        f"{format_upper_bound(short.asked)}; {format_upper_bound(short.spent)} of {limit.epsilon:g} is already spent "
-        f"(together {format_upper_bound(short.together)}; every epsilon here at delta {format_delta(limit.delta)}, "
-        f"per {limit.unit} {limit.period})"
+        f"{format_upper_bound(short.requested)}; {format_upper_bound(short.spent)} of {limit.epsilon:g} is already "
+        f"spent (together {format_upper_bound(short.together)}; every epsilon here at delta "
+        f"{format_delta(limit.delta)}, per {limit.unit} {limit.period})"
     )
 
 
-def overspending(spent: float, limit: Budget, *, unpromised: bool) -> str | None:
-    """That nothing of a limit is left, as a sentence without full stop; None as long as something is.
+def overspending(spent: float, limit: Budget, *, no_dp_allowed: bool) -> str | None:
+    """That a budget is exhausted, as a sentence without full stop; None as long as it is not.
 
     `spent` is the upper bound of what is spent in the limit's period; runs without noise, if allowed, know no budget.
     """
@@ -73,10 +73,10 @@ def overspending(spent: float, limit: Budget, *, unpromised: bool) -> str | None
     if over < 0:
         return None
     until = "" if limit.days is None else " until enough of it is older than that"
-    what = "every run with noise" if unpromised else "everything"
+    what = "every run with noise" if no_dp_allowed else "everything"
     much = "without a bound" if math.isinf(over) else f"by {format_upper_bound(over)}"
     where = f"at delta {format_delta(limit.delta)} per {limit.unit}"
-    return f"nothing is left: {what} will be refused{until}; over {much} {where}"
+    return f"nothing remains: {what} will be refused{until}; over {much} {where}"
 
 
 def format_upper_bound(epsilon: float) -> str:

@@ -45,7 +45,7 @@ def clip_l2(update: Vector, clip_norm: float) -> Vector:
 
 
 def add_noise(total: Vector, mechanism: GaussianSum, secret: SecretNoise) -> Vector:
-    """The sum (d,) with fresh normal noise added once; never call it twice on one booking.
+    """The sum (d,) with fresh normal noise added once; never call it twice on one entry.
 
     The noised sum is rounded to a grid of public width, a power of two about a millionth of the noise's standard
     deviation. Rounding what was noised is post-processing (Dwork & Roth 2014, Proposition 2.1). Without it the gaps

@@ -12,7 +12,7 @@ while its head remains. With a witness also: file and head rolled back together,
 missing, and a copy of the folder used at another path (the witness knows a chain by its path).
 Not detected: file and head rolled back together, without a witness; file, head and witness all rolled back to one
 moment; file and head rolled back to before the witness existed, if the witness is missing as well. The digests have
-no key: whoever may write file, head and witness can also forge a history.
+no key: anyone who may write file, head and witness can also forge a history.
 
 Source: SQLite with a rollback journal and synchronous=EXTRA (https://sqlite.org/pragma.html); chained entries:
 Schneier and Kelsey (1999), Secure audit logs to support computer forensics.
@@ -38,7 +38,7 @@ from fedface.errors import LedgerError
 
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
 APPLICATION_ID = 0x46466C67  # "FFlg", in the header of the SQLite file
-FORMAT = 2  # version of the file's tables and of what its records contain
+FORMAT = 3  # version of the file's tables and of what its records contain
 GENESIS = hashlib.sha256(f"fedface ledger {FORMAT}".encode()).hexdigest()  # the parent of the first record
 
 _APPEND_ONLY = "BEGIN SELECT RAISE(ABORT, 'append only'); END"
@@ -198,7 +198,7 @@ class Chain:
     ) -> Chain:
         """Open and verify the chain at `path`, or create one where there is neither a chain nor a trace of one.
 
-        Once a witness exists, the head names its folder, and the chain is not used without it, whoever opens
+        Once a witness exists, the head names its folder, and the chain is not used without it, no matter who opens
         it: named again or not, it must be there and agree. It is created only where the head names none yet. To
         move a witness, copy its file; to give one up, remove the second line of the head.
 
@@ -290,12 +290,12 @@ class Chain:
     def _no_witness(self, missing: Path, named: str) -> str:
         return (
             f"the ledger {self.path} has a witness in {named}, but {missing} is missing. Connect its "
-            "disk, or restore the file from where it was. If it is lost for good, see first that no booking is "
+            "disk, or restore the file from where it was. If it is lost for good, see first that no entry is "
             f"missing, then remove the second line of {self._head_path} and name a witness again"
         )
 
     def _witness_path(self) -> Path | None:
-        """The file of this chain's witness, as named by whoever opened it, otherwise by the head."""
+        """The file of this chain's witness, as named when it was opened, otherwise by the head."""
         folder = self._witness
         if folder is None:
             head = Head.of_file(self._head_path)
@@ -360,9 +360,7 @@ class Chain:
             try:
                 yield Transaction(sql, self._records, self._now)
             except BaseException:
-                self._records = self._records[
-                    :before
-                ]  # another list: whoever indexed the old one starts anew
+                self._records = self._records[:before]  # another list: an index of the old one is discarded
                 raise
             self._digests.update(record.digest for record in self._records[before:])
 

@@ -1,14 +1,13 @@
-"""The record of one device: what its photos have paid, what was computed and answered, what left, what was withdrawn.
+"""The ledger of one device: privacy costs, computations, stored replies, transmissions and withdrawals.
 
 One append-only, hash-chained file on the device's own disk, for the whole life of one photo library. A release is
-booked before it is computed, its reply is stored before it is sent, and each payload is recorded before it leaves.
-Asking again gets the same bytes instead of a second release. What was booked and never answered never left, but whoever
-asks sees that no answer came: a computation that was killed may have been killed by what the photos show (a picture
-that fills the memory). Power goes too, so `FREE_ATTEMPTS` computations may begin on one booking; the next is booked
-anew.
+recorded before it is computed, its reply is stored before it is sent, and each payload is recorded before it leaves.
+A repeated request gets the same bytes instead of a second release. A release without a stored reply never left, but the
+server sees that no reply came, and the content of the photos may be the cause (a picture that fills the memory). Power
+fails too, so `FREE_ATTEMPTS` computations may begin on one entry; the next one needs a new entry.
 
-A run is booked as a whole with its first release, and may then ask what was booked and nothing else. What everything
-costs is computed when it is read, see privacy/spending.py.
+A run is recorded as a whole with its first release, and may then request what was recorded and nothing else. Costs are
+computed when they are read, see privacy/spending.py.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from fedface.privacy.accounting import compose, event_to_json
 from fedface.privacy.budget import Budget, BudgetExceeded
 from fedface.privacy.hash_chain import GENESIS, Chain, Clock, Record, Transaction, in_utc, utc_now
 from fedface.privacy.ledger_records import (
-    Answer,
     Attempt,
-    BookedRun,
     Charge,
     LedgerEntry,
     LedgerRecord,
     PlannedRound,
+    RecordedRun,
+    StoredReply,
     Transmission,
     TransmissionInfo,
     Withdrawal,
@@ -41,7 +40,7 @@ from fedface.privacy.ledger_records import (
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.spending import (
-    BOOKING_LIFETIME,
+    ENTRY_LIFETIME,
     Activity,
     charges,
     counted,
@@ -56,9 +55,9 @@ from fedface.privacy.spending import (
 from fedface.privacy_units import Unit, unit_named
 
 CACHED_REPLIES = 16  # of the latest runs; bytes of older ones are deleted
-FREE_ATTEMPTS = 3  # computations that may begin on one booking before one is answered
+FREE_ATTEMPTS = 3  # computations that may begin on one entry before a reply is stored
 
-_REPLIES = "CREATE TABLE replies (answer INTEGER PRIMARY KEY, run TEXT NOT NULL, body BLOB NOT NULL)"
+_REPLIES = "CREATE TABLE replies (record INTEGER PRIMARY KEY, run TEXT NOT NULL, body BLOB NOT NULL)"
 _WORK = "CREATE TABLE work (run TEXT PRIMARY KEY, seconds REAL NOT NULL)"
 
 
@@ -67,7 +66,7 @@ class LedgerSnapshot:
     """A verified ledger at one moment."""
 
     chain: tuple[Record, ...] = ()  # oldest first
-    records: tuple[LedgerRecord, ...] = ()  # what each says
+    records: tuple[LedgerRecord, ...] = ()  # the decoded content of each
 
     @property
     def head(self) -> str:
@@ -76,12 +75,12 @@ class LedgerSnapshot:
 
     @property
     def entries(self) -> list[LedgerEntry]:
-        """Every booked release."""
+        """Every recorded release."""
         return [record for record in self.records if isinstance(record, LedgerEntry)]
 
     @property
     def charges(self) -> list[Charge]:
-        """What is paid for life: whole runs, and releases that no run's booking covers."""
+        """What counts for life: whole runs, and releases that are not part of a recorded run."""
         return charges(self.records)
 
     @property
@@ -122,9 +121,9 @@ class Ledger:
         self._decoded: dict[str, LedgerRecord] = {}  # by digest, hence never stale
         self._indexed: list[
             Record
-        ] = []  # the chain's verified records, of which the first `_count` are in `_bookings`
+        ] = []  # the chain's verified records, of which the first `_count` are in `_charges`
         self._count = 0
-        self._bookings: list[Charge] = []
+        self._charges: list[Charge] = []
         self._activity: Activity = {}
 
     @staticmethod
@@ -163,15 +162,15 @@ class Ledger:
                 chain=tuple(page.records), records=tuple(self._decode(record) for record in page.records)
             )
 
-    def bookings(self) -> list[Charge]:
-        """Every run and every release ever booked, oldest first, verified."""
+    def all_charges(self) -> list[Charge]:
+        """Every recorded run and release, oldest first, verified."""
         with self._chain.read_transaction() as page:
-            return list(self._booked_records(page))
+            return list(self._all_charges(page))
 
     def entries(self) -> list[LedgerEntry]:
-        """Every release ever booked, oldest first, verified."""
+        """Every recorded release, oldest first, verified."""
         with self._chain.read_transaction() as page:
-            return self._booked_entries(page)
+            return self._all_entries(page)
 
     def has_withdrawn(self, run: str) -> bool:
         """Whether the owner has withdrawn from a run."""
@@ -179,31 +178,31 @@ class Ledger:
             return self._withdrawn(page, run)
 
     def is_recorded(self, run: str, round: int) -> bool:
-        """Whether a round has been booked, whether or not its reply was stored."""
+        """Whether a release of this round was recorded, with a stored reply or without."""
         return any(entry.run == run and entry.round == round for entry in self.entries())
 
     def spent(self, delta: float, *, unit: Unit = "photo") -> Epsilon:
-        """What everything booked costs together for one unit, priced anew.
+        """The cost of everything recorded, for one unit, priced anew.
 
         Args:
             delta: Where epsilon is read.
             unit: The privacy unit; runs with another one are converted, see adjacency.py.
         """
-        return price_of(charges(self.bookings()), delta=delta, unit=unit)
+        return price_of(charges(self.all_charges()), delta=delta, unit=unit)
 
     def spent_against(self, budget: Budget) -> Epsilon:
         """What counts against a budget now."""
-        return spent_against(self.bookings(), budget, self._time(), self._activity)
+        return spent_against(self.all_charges(), budget, self._time(), self._activity)
 
     def price(self, event: Event, budget: Budget, *, run_unit: Unit) -> tuple[Epsilon, Epsilon, Epsilon]:
         """What one more event, of a run with `run_unit`, would cost against a budget: alone, so far, and together."""
-        charged = counted(self.bookings(), budget, self._time(), self._activity)
+        charged = counted(self.all_charges(), budget, self._time(), self._activity)
         return price_with(charged, event, budget, run_unit=run_unit)
 
     def check_budget(
         self, event: Event, budgets: Sequence[Budget], *, run_unit: Unit
     ) -> BudgetExceeded | None:
-        """Whether everything booked and one more event stay within every budget.
+        """Whether everything recorded and one more event stay within every budget.
 
         Args:
             event: What would be released.
@@ -216,31 +215,31 @@ class Ledger:
         Raises:
             LedgerError: A record cannot be priced.
         """
-        records, now = self.bookings(), self._time()
+        records, now = self.all_charges(), self._time()
         charged = ((counted(records, budget, now, self._activity), budget) for budget in budgets)
         found = (exceeded(known, event, budget, run_unit=run_unit) for known, budget in charged)
         return next((short for short in found if short is not None), None)
 
     def check_round(self, planned: PlannedRound, budgets: Sequence[Budget]) -> BudgetExceeded | None:
-        """Whether a round of a run may be booked: whether its run fits for life, and the round into each period.
+        """Whether a round of a run may be recorded: whether its run fits for life, and the round into each period.
 
         Returns:
-            None if every budget holds, or the round is booked already; otherwise the first budget that does not hold.
+            None if every budget holds, or the round is recorded already; otherwise the first budget that does not.
 
         Raises:
-            PolicyRefusal: The run was booked with other releases, or has no such round.
+            PolicyRefusal: The run was recorded with other releases, or has no such round.
             LedgerError: A record cannot be priced.
         """
         with self._chain.read_transaction() as page:
             self._check_counted(page, budgets)
-            self._booked_run(page, planned)
-            if self._booked(page, planned.key, planned.round):
+            self._recorded_run(page, planned)
+            if self._entries_of(page, planned.key, planned.round):
                 return None
             return self._exceeded(page, planned, budgets, again=False)
 
     def _new_charge(self, page: Transaction, planned: PlannedRound, *, again: bool) -> Event:
-        """What a round adds to what is paid for life: its run, itself alone if it is computed `again`, or nothing."""
-        if self._booked_run(page, planned) is None:
+        """The charge of a round for life: its run, itself alone if it is computed `again`, or nothing."""
+        if self._recorded_run(page, planned) is None:
             return planned.releases.event()
         return compose([planned.dp.event(1)] if again else [])
 
@@ -249,9 +248,9 @@ class Ledger:
     ) -> BudgetExceeded | None:
         """The first budget that a round exceeds, with what it adds for life, and to each period.
 
-        A run that is booked is still refused where its owner has lowered the budget since.
+        A recorded run is still refused where its owner has lowered the budget since.
         """
-        records, unit, now = self._booked_records(page), planned.releases.unit, self._time()
+        records, unit, now = self._all_charges(page), planned.releases.unit, self._time()
         new = self._new_charge(page, planned, again=again)
         for budget in budgets:
             charged = counted(records, budget, now, self._activity)
@@ -264,11 +263,11 @@ class Ledger:
     def _in_period(
         self, planned: PlannedRound, charged: Sequence[Charge], budget: Budget, *, again: bool
     ) -> Event:
-        """What a round adds to a period: its whole run, once, if that fits the period; otherwise itself alone."""
+        """The charge of a round in a period: its whole run, once, if that fits the period; otherwise itself alone."""
         whole = planned.releases.event()
         if again or not fits_alone(whole, planned.releases.unit, budget):
             return planned.dp.event(1)
-        there = any(isinstance(charge, BookedRun) and charge.run == planned.run for charge in charged)
+        there = any(isinstance(charge, RecordedRun) and charge.run == planned.run for charge in charged)
         return compose([] if there else [whole])
 
     def began_since(self, moment: datetime) -> bool:
@@ -279,7 +278,7 @@ class Ledger:
 
     def rounds_that_fit(self, dp: DPParameters, budget: Budget) -> int:
         """How many rounds of a new run a budget has room for now: as one run, or one by one in a period."""
-        charged = counted(self.bookings(), budget, self._time(), self._activity)
+        charged = counted(self.all_charges(), budget, self._time(), self._activity)
         return rounds_that_fit(charged, dp, budget)
 
     def _time(self) -> datetime:
@@ -289,37 +288,36 @@ class Ledger:
     def record(
         self, event: Event, *, run: str, round: int, metadata: Mapping[str, str] | None = None
     ) -> LedgerEntry:
-        """Book a release that belongs to no planned run before it is computed; on disk when this returns.
+        """Record a release outside a planned run before it is computed; on disk when this returns.
 
-        Whatever it costs is booked: no budget is asked. A round whose reply is stored is not booked again: its bytes
-        are resent. A round that was booked but never answered is not booked again either, until `FREE_ATTEMPTS` of
-        its computations were begun: a reply is stored before it is sent, so no answer has left the device, but that
-        it broke may have been seen. A round that was answered and whose bytes were deleted since is booked once more:
-        fresh noise on the same photos is a second release.
+        No budget is checked. A round whose reply is stored is not recorded again: its bytes are resent. A round
+        without a stored reply is not recorded again either, until `FREE_ATTEMPTS` of its computations were begun: a
+        reply is stored before it is sent, so none has left the device, but the failure may have been observed. A round
+        whose stored bytes were deleted is recorded once more: fresh noise on the same photos is a second release.
 
         Args:
             event: What will be released.
-            run: Which run asks. A round that releases two things needs two names: "r7", "r7/evaluation".
+            run: Which run requests it. A round that releases two things needs two names: "r7", "r7/evaluation".
             round: Which round, >= 0.
             metadata: What identifies the release, such as the model's hash; "unit" is the privacy unit of its run,
                 a photo if there is none.
 
         Raises:
-            LedgerError: The ledger is damaged, or this round was answered for a different event or metadata.
+            LedgerError: The ledger is damaged, or this round has a reply for another event or metadata.
             ValueError: The round is negative, or the unit unknown.
         """
         with self._chain.write_transaction() as page:
-            paid = self._paid(page, event, run, round, metadata or {})
-            return paid or self._book(page, event, run, round, metadata or {}, planned=False)
+            covering = self._covering_entry(page, event, run, round, metadata or {})
+            return covering or self._append_entry(page, event, run, round, metadata or {}, planned=False)
 
     def record_round(
         self, planned: PlannedRound, budgets: Sequence[Budget], *, metadata: Mapping[str, str] | None = None
     ) -> LedgerEntry:
-        """Book a round of a run if every budget then holds: price and booking in one transaction.
+        """Record a round of a run if every budget then holds: check and record in one transaction.
 
-        With the first round the whole run is booked, which later rounds are covered by. A round that is computed
-        again, with fresh noise, is a release beside the run and paid by itself. A booking that was not answered within
-        `BOOKING_LIFETIME` no longer counts in a period, so that periods are checked again before it is computed.
+        With the first round the whole run is recorded, which covers later rounds. A round that is computed again, with
+        fresh noise, is a release beside the run, charged by itself. An entry without a reply within `ENTRY_LIFETIME`
+        no longer counts in a period, so that periods are checked again before it is computed.
 
         Args:
             planned: The round, and everything that its run releases.
@@ -327,7 +325,7 @@ class Ledger:
             metadata: As for `record`; "unit" follows from the run.
 
         Raises:
-            PolicyRefusal: A budget would be exceeded, the run was booked with other releases, or has no such round.
+            PolicyRefusal: A budget would be exceeded, the run was recorded with other releases, or has no such round.
             LedgerError: As for `record`.
             ValueError: No budget at all was given.
         """
@@ -337,19 +335,19 @@ class Ledger:
         event, key, round = planned.dp.event(1), planned.key, planned.round
         with self._chain.write_transaction() as page:
             self._check_counted(page, budgets)
-            run = self._booked_run(page, planned)
-            paid = self._paid(page, event, key, round, metadata)
-            if paid is not None and not self._has_expired(paid):
-                return paid
-            again = paid is None and bool(self._booked(page, key, round))
+            run = self._recorded_run(page, planned)
+            covering = self._covering_entry(page, event, key, round, metadata)
+            if covering is not None and not self._has_expired(covering):
+                return covering
+            again = covering is None and bool(self._entries_of(page, key, round))
             short = self._exceeded(page, planned, budgets, again=again)
             if short is not None:
                 raise PolicyRefusal(
-                    f"round {round} of {key} asks for {short.describe()}",
+                    f"round {round} of {key} requests {short.describe()}",
                     advice="Ask the owner of this device for a larger budget, or stop here.",
                 )
-            if paid is not None:
-                return paid
+            if covering is not None:
+                return covering
             if run is None:
                 content = {
                     "run": planned.run,
@@ -359,31 +357,31 @@ class Ledger:
                     "rounds": planned.rounds(),
                     "events": planned.events(),
                 }
-                page.append(BookedRun.KIND, content)
-            return self._book(page, event, key, round, metadata, planned=not again)
+                page.append(RecordedRun.KIND, content)
+            return self._append_entry(page, event, key, round, metadata, planned=not again)
 
     def _has_expired(self, entry: LedgerEntry) -> bool:
-        """Whether a booking has waited for its answer longer than `BOOKING_LIFETIME`; never once it has one."""
-        _, answered = latest = self._activity[entry.number]
-        return not answered and self._time() > counts_until(latest)
+        """Whether an entry has had no reply for longer than `ENTRY_LIFETIME`."""
+        _, replied = latest = self._activity[entry.number]
+        return not replied and self._time() > counts_until(latest)
 
-    def _paid(
+    def _covering_entry(
         self, page: Transaction, event: Event, run: str, round: int, metadata: Mapping[str, str]
     ) -> LedgerEntry | None:
-        """The entry that has paid for this release already, if any."""
-        booked = self._booked(page, run, round)
+        """The entry that covers this release already, if any."""
+        entries = self._entries_of(page, run, round)
         same = (event_to_json(event), dict(metadata))
-        if (reply := self._reply(page, run, round)) is not None:
+        if (reply := self._cached_reply(page, run, round)) is not None:
             if (reply[0].event, reply[0].metadata) != same:
-                raise LedgerError(f"round {round} of {run} was answered already, for a different release")
+                raise LedgerError(f"round {round} of {run} has a reply already, for a different release")
             return reply[0]
-        if not booked or (booked[-1].event, booked[-1].metadata) != same:
+        if not entries or (entries[-1].event, entries[-1].metadata) != same:
             return None
-        last = booked[-1]
-        used = self._answer(page, [last]) is not None or _attempts(page, last) >= FREE_ATTEMPTS
+        last = entries[-1]
+        used = self._stored_reply(page, [last]) is not None or _attempts(page, last) >= FREE_ATTEMPTS
         return None if used else last
 
-    def _book(
+    def _append_entry(
         self,
         page: Transaction,
         event: Event,
@@ -395,11 +393,11 @@ class Ledger:
     ) -> LedgerEntry:
         if round < 0:
             raise ValueError(f"round must be >= 0, got {round}")
-        unit_named(metadata.get("unit", "photo"))  # what cannot be priced later is not booked
+        unit_named(metadata.get("unit", "photo"))  # an unknown unit could not be priced later
         content = {
             "run": run,
             "round": round,
-            "attempt": len(self._booked(page, run, round)) + 1,
+            "attempt": len(self._entries_of(page, run, round)) + 1,
             "event": event_to_json(event),
             "metadata": dict(metadata),
             "planned": planned,
@@ -409,79 +407,79 @@ class Ledger:
         return entry
 
     def record_attempt(self, run: str, round: int, *, attempt: int) -> None:
-        """Record that a booked release is computed now; on disk when this returns, then open the photos.
+        """Record that a recorded release is computed now; on disk when this returns, then open the photos.
 
         Args:
-            run: Which run asked.
+            run: Which run requested it.
             round: Which round.
-            attempt: The booking that pays for it, as `record` returned it.
+            attempt: Of the entry that covers it, as `record` returned it.
 
         Raises:
-            LedgerError: There is no such booking, it has its answer, or its computations are used up.
+            LedgerError: There is no such entry, it has its reply, or its computations are used up.
         """
         with self._chain.write_transaction() as page:
-            booked = self._booked(page, run, round)
-            if not 1 <= attempt <= len(booked):
-                raise LedgerError(f"round {round} of {run} was never booked; no photo may be opened for it")
-            if self._answer(page, booked[attempt - 1 :]) is not None:
-                raise LedgerError(f"round {round} of {run} was answered already; send the stored reply")
-            if _attempts(page, booked[attempt - 1]) >= FREE_ATTEMPTS:
+            entries = self._entries_of(page, run, round)
+            if not 1 <= attempt <= len(entries):
+                raise LedgerError(f"round {round} of {run} was never recorded; no photo may be opened for it")
+            if self._stored_reply(page, entries[attempt - 1 :]) is not None:
+                raise LedgerError(f"round {round} of {run} has a reply already; send the stored one")
+            if _attempts(page, entries[attempt - 1]) >= FREE_ATTEMPTS:
                 raise LedgerError(
-                    f"round {round} of {run} was begun {FREE_ATTEMPTS} times and never answered; "
-                    "ask once more, and it is booked anew"
+                    f"round {round} of {run} was begun {FREE_ATTEMPTS} times without a reply; "
+                    "the next request needs a new entry"
                 )
-            page.append(Attempt.KIND, {}, entry=booked[attempt - 1].number)
+            page.append(Attempt.KIND, {}, entry=entries[attempt - 1].number)
 
     def store_reply(self, run: str, round: int, body: bytes, *, attempt: int | None = None) -> None:
-        """Store the bytes that answer a booked round; the run's reply before is deleted.
+        """Store the reply to a recorded round; the run's reply before is deleted.
 
-        Each booking pays for one answer: of two computations that ran side by side, only the first is stored.
+        Each entry covers one reply: of two computations that ran side by side, only the first is stored.
 
         Args:
-            run: Which run asked.
+            run: Which run requested it.
             round: Which round.
             body: What may be sent once this returns.
-            attempt: The booking that paid for it, as `record` returned it; the latest if None.
+            attempt: Of the entry that covers it, as `record` returned it; the latest if None.
 
         Raises:
-            LedgerError: The round was never booked, that booking, or a later one of the round, has a different
-                answer already, or the answer comes later than `BOOKING_LIFETIME`.
+            LedgerError: The round was never recorded, that entry, or a later one of the round, has a different reply
+                already, or the reply comes later than `ENTRY_LIFETIME`.
         """
         with self._chain.write_transaction() as page:
-            booked = self._booked(page, run, round)
-            paid = len(booked) if attempt is None else attempt
-            if not 1 <= paid <= len(booked):
-                raise LedgerError(f"round {round} of {run} was never booked; nothing may be sent")
-            if self._answer(page, booked[paid - 1 :]) is not None:
-                stored = self._reply(page, run, round)
+            entries = self._entries_of(page, run, round)
+            number = len(entries) if attempt is None else attempt
+            if not 1 <= number <= len(entries):
+                raise LedgerError(f"round {round} of {run} was never recorded; nothing may be sent")
+            if self._stored_reply(page, entries[number - 1 :]) is not None:
+                stored = self._cached_reply(page, run, round)
                 if stored is None or stored[1] != body:
-                    raise LedgerError(f"round {round} of {run} was answered already; send the stored reply")
+                    raise LedgerError(f"round {round} of {run} has a reply already; send the stored one")
                 return
-            if self._has_expired(booked[paid - 1]):
+            if self._has_expired(entries[number - 1]):
                 raise LedgerError(
-                    f"round {round} of {run} was computed for more than {BOOKING_LIFETIME.days} day; nothing is sent"
+                    f"round {round} of {run} was computed for more than {ENTRY_LIFETIME.days} day; nothing is sent"
                 )
-            answer = page.append(
-                Answer.KIND, {"payload_digest": _sha256(body)}, entry=booked[paid - 1].number
+            reply = page.append(
+                StoredReply.KIND, {"payload_digest": _sha256(body)}, entry=entries[number - 1].number
             )
             page.sql.execute("DELETE FROM replies WHERE run = ?", (run,))
-            page.sql.execute("INSERT INTO replies VALUES (?, ?, ?)", (answer.number, run, body))
-            # Whoever names a new run each time must not fill the disk. A round whose bytes went is booked anew.
+            page.sql.execute("INSERT INTO replies VALUES (?, ?, ?)", (reply.number, run, body))
+            # A server that names a new run each time must not fill the disk.
             page.sql.execute(
-                "DELETE FROM replies WHERE answer NOT IN (SELECT answer FROM replies ORDER BY answer DESC LIMIT ?)",
+                "DELETE FROM replies WHERE record NOT IN (SELECT record FROM replies ORDER BY record DESC LIMIT ?)",
                 (CACHED_REPLIES,),
             )
 
     def load_reply(self, run: str, round: int) -> bytes | None:
-        """The bytes that answered this round; None if it was never answered or they were deleted since."""
+        """The stored reply to this round; None if there is none or its bytes were deleted since."""
         with self._chain.read_transaction() as page:
-            reply = self._reply(page, run, round)
+            reply = self._cached_reply(page, run, round)
         return None if reply is None else reply[1]
 
     def delete_replies(self, *runs: str) -> int:
-        """Delete the stored bytes of some runs, or of all, and overwrite them on disk; bookings stay.
+        """Delete the stored bytes of some runs, or of all, and overwrite them on disk; entries stay.
 
-        A round whose bytes were deleted is booked anew if it is asked once more.
+        A round whose bytes were deleted is recorded anew if it is requested again.
 
         Returns:
             How many replies were deleted.
@@ -506,14 +504,14 @@ class Ledger:
 
         Args:
             payload: Exactly what will be sent.
-            info: For which round, where to, how protected, and which entry paid.
+            info: For which round, where to, how protected, and which entry covers it.
 
         Returns:
             The record. The same bytes for the same round are a record again, which says that they were resent.
 
         Raises:
-            PolicyRefusal: The owner has withdrawn from this run meanwhile, and this is no refusal; nothing may be sent.
-            LedgerError: The ledger cannot be trusted or written, or the entry did not pay for this; nothing may be
+            PolicyRefusal: The owner has withdrawn from this run, and this is not a refusal; nothing may be sent.
+            LedgerError: The ledger cannot be trusted or written, or the entry does not cover this; nothing may be
                 sent.
         """
         digest = _sha256(payload)
@@ -521,7 +519,7 @@ class Ledger:
             if info.kind != "refusal" and self._withdrawn(page, info.run):
                 raise PolicyRefusal(f"the owner of this device has left {info.run}; nothing of it is sent")
             if info.entry is not None:
-                self._check_paid(page, info, digest)
+                self._check_covered(page, info, digest)
             content = {
                 **{key: value for key, value in asdict(info).items() if key != "entry"},
                 "bytes": len(payload),
@@ -541,17 +539,17 @@ class Ledger:
             for sent in same
         )
 
-    def _check_paid(self, page: Transaction, info: TransmissionInfo, digest: str) -> None:
-        """Raises LedgerError unless the entry was booked for this round and answered with this payload alone."""
+    def _check_covered(self, page: Transaction, info: TransmissionInfo, digest: str) -> None:
+        """Raises LedgerError unless the entry is of this round and this payload is its stored reply."""
         number = info.entry or 0
         entry = self._decode(page.records[number - 1]) if 1 <= number <= len(page.records) else None
         if not isinstance(entry, LedgerEntry) or entry.round != info.round or not entry.is_of(info.run):
             raise LedgerError(
-                f"entry {info.entry} of the ledger did not pay for round {info.round} of {info.run}"
+                f"entry {info.entry} of the ledger does not cover round {info.round} of {info.run}"
             )
-        answer = self._answer(page, [entry])
-        if answer is None or answer.payload_digest != digest:
-            raise LedgerError(f"entry {info.entry} of the ledger was not answered with this payload")
+        reply = self._stored_reply(page, [entry])
+        if reply is None or reply.payload_digest != digest:
+            raise LedgerError(f"entry {info.entry} of the ledger has another reply than this payload")
 
     def withdraw(self, run: str, reason: str = "") -> Withdrawal:
         """Leave a run for good; once this has returned, nothing but refusals is recorded for it, hence sent."""
@@ -565,46 +563,46 @@ class Ledger:
             self._decoded[record.digest] = decode(record)
         return self._decoded[record.digest]
 
-    def _booked_records(self, page: Transaction) -> list[Charge]:
-        """Every booked run and release, oldest first; those that were seen before are not decoded again."""
+    def _all_charges(self, page: Transaction) -> list[Charge]:
+        """Every recorded run and release, oldest first; those that were read before are not decoded again."""
         if self._indexed is not page.records:
-            self._indexed, self._count, self._bookings, self._activity = page.records, 0, [], {}
+            self._indexed, self._count, self._charges, self._activity = page.records, 0, [], {}
         for record in page.records[self._count :]:
-            if record.kind in (Attempt.KIND, Answer.KIND) and record.entry is not None:
-                self._activity[record.entry] = record.written, record.kind == Answer.KIND
+            if record.kind in (Attempt.KIND, StoredReply.KIND) and record.entry is not None:
+                self._activity[record.entry] = record.written, record.kind == StoredReply.KIND
             if record.kind == LedgerEntry.KIND:
                 self._activity[record.number] = record.written, False
-            if record.kind in (BookedRun.KIND, LedgerEntry.KIND):
-                booking = self._decode(record)
-                assert isinstance(booking, BookedRun | LedgerEntry)
-                self._bookings.append(booking)
+            if record.kind in (RecordedRun.KIND, LedgerEntry.KIND):
+                charge = self._decode(record)
+                assert isinstance(charge, RecordedRun | LedgerEntry)
+                self._charges.append(charge)
         self._count = len(page.records)
-        return self._bookings
+        return self._charges
 
-    def _booked_entries(self, page: Transaction) -> list[LedgerEntry]:
-        return [record for record in self._booked_records(page) if isinstance(record, LedgerEntry)]
+    def _all_entries(self, page: Transaction) -> list[LedgerEntry]:
+        return [record for record in self._all_charges(page) if isinstance(record, LedgerEntry)]
 
-    def _booked_run(self, page: Transaction, planned: PlannedRound) -> BookedRun | None:
-        """The booking of a round's run, if there is one.
+    def _recorded_run(self, page: Transaction, planned: PlannedRound) -> RecordedRun | None:
+        """The record of a round's run, if there is one.
 
         Raises:
-            PolicyRefusal: It was booked with other releases.
+            PolicyRefusal: It was recorded with other releases.
         """
-        runs = (record for record in self._booked_records(page) if isinstance(record, BookedRun))
-        booked = next((booked for booked in runs if booked.run == planned.run), None)
-        if booked is not None and not booked.is_plan_of(planned):
+        runs = (record for record in self._all_charges(page) if isinstance(record, RecordedRun))
+        recorded = next((run for run in runs if run.run == planned.run), None)
+        if recorded is not None and not recorded.is_plan_of(planned):
             raise PolicyRefusal(
-                f"{planned.run} was booked with other noise, rates or rounds than it asks for now",
+                f"{planned.run} was recorded with other noise, rates or rounds than it requests now",
                 advice="A change is a new run: start it under another name.",
             )
-        return booked
+        return recorded
 
     def _check_counted(self, page: Transaction, budgets: Sequence[Budget]) -> None:
-        """Raises LedgerError where budgets count another unit or delta than the first run was booked with.
+        """Raises LedgerError where budgets count another unit or delta than the first run was recorded with.
 
         Otherwise a delta of 1e-2 would admit what 1e-5 refuses.
         """
-        runs = (record for record in self._booked_records(page) if isinstance(record, BookedRun))
+        runs = (record for record in self._all_charges(page) if isinstance(record, RecordedRun))
         first = next(runs, None)
         if first is not None and budgets and first.counted != _counted(budgets):
             raise LedgerError(
@@ -616,38 +614,38 @@ class Ledger:
         found = (self._decode(record) for record in page.records if record.kind == Withdrawal.KIND)
         return any(isinstance(record, Withdrawal) and record.run == run for record in found)
 
-    def _booked(self, page: Transaction, run: str, round: int) -> list[LedgerEntry]:
+    def _entries_of(self, page: Transaction, run: str, round: int) -> list[LedgerEntry]:
         """Every attempt at a round, oldest first."""
-        return [e for e in self._booked_entries(page) if e.run == run and e.round == round]
+        return [e for e in self._all_entries(page) if e.run == run and e.round == round]
 
-    def _answer(self, page: Transaction, entries: Sequence[LedgerEntry]) -> Answer | None:
-        """The latest answer that some entries paid for."""
+    def _stored_reply(self, page: Transaction, entries: Sequence[LedgerEntry]) -> StoredReply | None:
+        """The latest stored reply of some entries."""
         numbers = {entry.number for entry in entries}
         first = min(numbers, default=len(page.records))
         for record in reversed(page.records[first:]):
-            if record.kind == Answer.KIND and record.entry in numbers:
-                answer = self._decode(record)
-                return answer if isinstance(answer, Answer) else None
+            if record.kind == StoredReply.KIND and record.entry in numbers:
+                reply = self._decode(record)
+                return reply if isinstance(reply, StoredReply) else None
         return None
 
-    def _reply(self, page: Transaction, run: str, round: int) -> tuple[LedgerEntry, bytes] | None:
-        """The entry that paid for the latest answer to a round, and its bytes; None if there are none."""
-        booked = self._booked(page, run, round)
-        answer = self._answer(page, booked)
-        if answer is None:
+    def _cached_reply(self, page: Transaction, run: str, round: int) -> tuple[LedgerEntry, bytes] | None:
+        """The entry of the latest reply to a round, and its bytes; None if there are none."""
+        entries = self._entries_of(page, run, round)
+        reply = self._stored_reply(page, entries)
+        if reply is None:
             return None
-        row = page.sql.execute("SELECT body FROM replies WHERE answer = ?", (answer.number,)).fetchone()
+        row = page.sql.execute("SELECT body FROM replies WHERE record = ?", (reply.number,)).fetchone()
         if row is None:
             return None
-        if _sha256(row[0]) != answer.payload_digest:
+        if _sha256(row[0]) != reply.payload_digest:
             raise LedgerError(
                 f"the ledger {self._chain.path} was altered: the reply to round {round} of {run} is another"
             )
-        return next(entry for entry in booked if entry.number == answer.entry), bytes(row[0])
+        return next(entry for entry in entries if entry.number == reply.entry), bytes(row[0])
 
 
 def _attempts(page: Transaction, entry: LedgerEntry) -> int:
-    """How many computations were begun on one booking."""
+    """How many computations were begun on one entry."""
     later = page.records[entry.number :]
     return sum(record.kind == Attempt.KIND and record.entry == entry.number for record in later)
 

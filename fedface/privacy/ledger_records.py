@@ -1,4 +1,4 @@
-"""What a device's ledger records: runs and their releases, computations, answers, transmissions, withdrawals.
+"""What a device's ledger records: runs and their releases, computations, replies, transmissions, withdrawals.
 
 privacy/hash_chain.py stores each as a kind, the number of the release it belongs to, and JSON.
 """
@@ -74,8 +74,8 @@ class PlannedRound:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BookedRun:
-    """A run, booked as a whole when its first release was: what it costs does not depend on what it asks later."""
+class RecordedRun:
+    """A run, recorded as a whole with its first release: its cost does not depend on its later requests."""
 
     KIND: ClassVar = "run"
 
@@ -98,26 +98,26 @@ class BookedRun:
         return self.run == run
 
     def is_plan_of(self, planned: PlannedRound) -> bool:
-        """Whether a round is one of this run as it was booked."""
-        asked = planned.releases.unit, planned.rounds(), planned.events()
-        return (self.unit, self.rounds, self.events) == asked
+        """Whether a round is one of this run as it was recorded."""
+        requested = planned.releases.unit, planned.rounds(), planned.events()
+        return (self.unit, self.rounds, self.events) == requested
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerEntry:
-    """One booked release."""
+    """One recorded release."""
 
     KIND: ClassVar = "release"
 
     number: int  # of its record: 1, 2, 3, ... among all records of the ledger
     written: str  # UTC, ISO 8601
     digest: str  # of its record
-    run: str  # which run asked
+    run: str  # which run requested it
     round: int  # which of its rounds, >= 0
-    attempt: int  # 1, or more if the round was answered before and is computed anew
+    attempt: int  # 1, or more if the round is computed anew
     event: str  # what was released, see accounting.event_to_json
     metadata: dict[str, str]  # whatever identifies the release (model hash, clip norm, unit)
-    planned: bool = False  # whether the booking of its run paid for it
+    planned: bool = False  # whether the record of its run covers it
 
     @property
     def time(self) -> datetime:
@@ -126,11 +126,11 @@ class LedgerEntry:
 
     @property
     def run_name(self) -> str:
-        """The run's name: its metrics are booked under that and a suffix."""
+        """The run's name: its metrics are recorded under that and a suffix."""
         return self.run.removesuffix(_METRICS)
 
     def is_of(self, run: str) -> bool:
-        """Whether a run asked for it."""
+        """Whether it is of a run."""
         return self.run_name == run
 
     @property
@@ -148,24 +148,24 @@ class LedgerEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A computation was begun on a booking."""
+    """A computation was begun on an entry."""
 
     KIND: ClassVar = "attempt"
 
     number: int
     written: str
-    entry: int  # number of the LedgerEntry that pays for it
+    entry: int  # number of the LedgerEntry that covers it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A computation was answered; its bytes may be stored, see Ledger.load_reply."""
+class StoredReply:
+    """The reply of a computation was stored; see Ledger.load_reply for its bytes."""
 
-    KIND: ClassVar = "answer"
+    KIND: ClassVar = "reply"
 
     number: int
     written: str
-    entry: int  # number of the LedgerEntry that paid for it
+    entry: int  # number of the LedgerEntry that covers it
     payload_digest: str  # SHA-256 of the bytes
 
 
@@ -173,12 +173,14 @@ class Answer:
 class TransmissionInfo:
     """What is known of a payload before it is sent."""
 
-    run: str  # which run asked
+    run: str  # which run requested it
     round: int  # which of its rounds, >= 0
     kind: TransmissionKind
     receiver: str  # where it goes: the server's address
     protection: str  # noise, encryption and unit, in words for the owner
-    entry: int | None = None  # number of the LedgerEntry that paid; None where it contains nothing of a photo
+    entry: int | None = (
+        None  # number of the LedgerEntry that covers it; None where it contains nothing of a photo
+    )
     reason: str = ""  # why a refusal was given
 
     def __post_init__(self) -> None:
@@ -187,7 +189,7 @@ class TransmissionInfo:
                 f"kind must be one of {', '.join(get_args(TransmissionKind))}, got {self.kind!r}"
             )
         if self.kind in ("update", "metrics") and self.entry is None:
-            raise ValueError(f"{self.kind} of round {self.round} of {self.run} has no entry that paid for it")
+            raise ValueError(f"{self.kind} of round {self.round} of {self.run} has no entry that covers it")
         if self.round < 0:
             raise ValueError(f"round must be >= 0, got {self.round}")
 
@@ -217,19 +219,17 @@ class Withdrawal:
     reason: str  # in the owner's words, which stay on the device
 
 
-Charge = (
-    BookedRun | LedgerEntry
-)  # what is paid for life: a whole run, or a release that no run's booking covers
-LedgerRecord = BookedRun | LedgerEntry | Attempt | Answer | Transmission | Withdrawal
+Charge = RecordedRun | LedgerEntry  # for life: a whole run, or a release that is not part of a recorded run
+LedgerRecord = RecordedRun | LedgerEntry | Attempt | StoredReply | Transmission | Withdrawal
 
-_BELONGING = {kind.KIND: kind for kind in (Attempt, Answer, Transmission)}  # to an entry
+_BELONGING = {kind.KIND: kind for kind in (Attempt, StoredReply, Transmission)}  # to an entry
 
 
 _parse = json.JSONDecoder().raw_decode  # less work than json.loads, for thousands of records
 
 
 def decode(record: Record) -> LedgerRecord:
-    """What a record says.
+    """The content of a record.
 
     Raises:
         LedgerError: It is of an unknown kind, or lacks something.
@@ -238,8 +238,8 @@ def decode(record: Record) -> LedgerRecord:
         fields: dict[str, Any] = _parse(record.content)[0]
         if record.kind == LedgerEntry.KIND:
             return LedgerEntry(number=record.number, written=record.written, digest=record.digest, **fields)
-        if record.kind == BookedRun.KIND:
-            return BookedRun(number=record.number, written=record.written, **fields)
+        if record.kind == RecordedRun.KIND:
+            return RecordedRun(number=record.number, written=record.written, **fields)
         if record.kind == Withdrawal.KIND:
             return Withdrawal(number=record.number, written=record.written, **fields)
         if record.kind in _BELONGING:

@@ -83,6 +83,6 @@ class SampledGaussian:
 def round_floor(rounds: int) -> DpEvent:
     """What each round costs beside its mechanism, so that none is free to repeat, however large its noise.
 
-    What an answer shows beside its content, such as when it comes, can be observed once for each round.
+    What a reply reveals beside its content, such as its time, can be observed once for each round.
     """
     return SelfComposedDpEvent(GaussianDpEvent(ROUND_FLOOR_MULTIPLIER), rounds)

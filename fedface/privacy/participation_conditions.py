@@ -1,7 +1,7 @@
 """When a device may take part: the hours, the power and the load that its owner's policy requires.
 
 The state of the machine is read behind `Environment`, so that tests can replace it. A condition that the machine cannot
-answer counts as not met. The server gets `NOT_NOW_MESSAGE` and no more: when the owner sleeps or how full a battery is
+reply counts as not met. The server gets `NOT_NOW_MESSAGE` and no more: when the owner sleeps or how full a battery is
 stays on the device.
 """
 
@@ -142,63 +142,63 @@ class ParticipationConditions:
     max_load: Annotated[float, Above(0)] | None = None  # load average of the last minute per core
 
     def __post_init__(self) -> None:
-        for words in self.hours:
-            start, end = _minutes(words)
+        for text in self.hours:
+            start, end = _minutes(text)
             if start == end:
-                raise ValueError(f'hours must differ, got "{words}"; for any time leave hours out')
+                raise ValueError(f'hours must differ, got "{text}"; for any time leave hours out')
 
-    def check(self, surroundings: Environment) -> None:
+    def check(self, environment: Environment) -> None:
         """Return if every condition holds now.
 
         Raises:
             ConditionsNotMet: One does not, or cannot be read; only its `private` says which.
         """
-        for private in (self._hour(surroundings), self._power(surroundings), self._load(surroundings)):
+        for private in (self._hour(environment), self._power(environment), self._load(environment)):
             if private is not None:
                 raise ConditionsNotMet(private)
 
     def describe(self) -> list[str]:
         """Each condition as a phrase that can follow "takes part only"."""
-        words = []
+        conditions = []
         if self.hours:
-            words.append(f"between {' or '.join(self.hours)}, local time")
+            conditions.append(f"between {' or '.join(self.hours)}, local time")
         if self.require_ac_power:
-            words.append("on mains")
+            conditions.append("on mains")
         elif self.min_battery > 0:
-            words.append(f"on mains, or with the battery at {self.min_battery:.0%} or more")
+            conditions.append(f"on mains, or with the battery at {self.min_battery:.0%} or more")
         if self.max_load is not None:
-            words.append(f"while the load per core is {self.max_load:g} or less")
-        return words
+            conditions.append(f"while the load per core is {self.max_load:g} or less")
+        return conditions
 
-    def _hour(self, surroundings: Environment) -> str | None:
+    def _hour(self, environment: Environment) -> str | None:
         if not self.hours:
             return None
-        now = surroundings.now()
-        if any(_holds(words, now.time()) for words in self.hours):
+        now = environment.now()
+        if any(_holds(text, now.time()) for text in self.hours):
             return None
         return f"it is {now:%H:%M}; the policy's hours are {', '.join(self.hours)}"
 
-    def _power(self, surroundings: Environment) -> str | None:
+    def _power(self, environment: Environment) -> str | None:
         if not self.require_ac_power and self.min_battery == 0:
             return None
-        power = surroundings.power()
+        power = environment.power()
         if power.on_ac:
             return None
         if self.require_ac_power:
             how = "is unknown" if power.on_ac is None else "is not connected"
-            return f"mains {how}; the policy asks for it (require_ac_power)"
+            return f"mains {how}; the policy requires it (require_ac_power)"
         if power.battery is None:
-            return "neither mains nor the battery's charge can be read; the policy asks for it (min_battery)"
+            return "neither mains nor the battery's charge can be read; the policy requires it (min_battery)"
         if power.battery >= self.min_battery:
             return None
         return (
-            f"the battery is at {power.battery:.0%}; the policy asks for {self.min_battery:.0%} (min_battery)"
+            f"the battery is at {power.battery:.0%}; the policy requires {self.min_battery:.0%} (min_battery)"
         )
 
-    def _load(self, surroundings: Environment) -> str | None:
+    def _load(self, environment: Environment) -> str | None:
         if self.max_load is None:
             return None
-        load = surroundings.load()
+        load = environment.load()
         if load is None or not load >= 0:
             return "the load cannot be read; the policy limits it (max_load)"
         if load <= self.max_load:
@@ -206,30 +206,30 @@ class ParticipationConditions:
         return f"the load per core is {load:.2f}; the policy allows {self.max_load:g} (max_load)"
 
 
-def parse_expiry(words: str) -> date:
+def parse_expiry(text: str) -> date:
     """A day such as "2027-01-31".
 
     Raises:
-        ValueError: These words are no day of the calendar.
+        ValueError: The text is not a day of the calendar.
     """
     try:
-        if A_DAY.fullmatch(words) is None:
+        if A_DAY.fullmatch(text) is None:
             raise ValueError("year-month-day was expected")
-        return date.fromisoformat(words)
+        return date.fromisoformat(text)
     except ValueError as error:
-        raise ValueError(f'must be a day such as 2027-01-31, got "{words:.40}" ({error})') from error
+        raise ValueError(f'must be a day such as 2027-01-31, got "{text:.40}" ({error})') from error
 
 
-def _minutes(words: str) -> tuple[int, int]:
+def _minutes(text: str) -> tuple[int, int]:
     """Start and end in minutes after midnight; an end of 24:00 is 1440."""
-    found = HOURS.fullmatch(words)
+    found = HOURS.fullmatch(text)
     if found is None:
-        raise ValueError(f'hours must be written like "22:00-07:00", got "{words:.40}"')
+        raise ValueError(f'hours must be written like "22:00-07:00", got "{text:.40}"')
     start = 60 * int(found[1]) + int(found[2])
     return start, MIDNIGHT if found[3] is None else 60 * int(found[3]) + int(found[4])
 
 
-def _holds(words: str, now: time) -> bool:
-    start, end = _minutes(words)
+def _holds(text: str, now: time) -> bool:
+    start, end = _minutes(text)
     minute = 60 * now.hour + now.minute
     return start <= minute < end if start < end else minute >= start or minute < end

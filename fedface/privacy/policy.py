@@ -53,10 +53,10 @@ class Period:
 
 
 class Purpose(NamedTuple):
-    """What a run asks photos for."""
+    """The purpose of a run."""
 
     cohort_size: int  # how many devices' updates are summed
-    protocol: str  # how updates travel: "plain" or "homomorphic"
+    protocol: str  # how updates are protected: "plain" or "homomorphic"
     objective: str  # what is trained, such as "generator", or "evaluation"
 
 
@@ -143,7 +143,7 @@ class DevicePolicy:
         *,
         run: str = "",
         round: int = 1,
-        surroundings: Environment | None = None,
+        environment: Environment | None = None,
     ) -> None:
         """Return if a run may use these photos now; otherwise say why not, the first reason that there is.
 
@@ -153,24 +153,24 @@ class DevicePolicy:
 
         Args:
             plan: Everything that the run releases: only its schedules and noise are read, never its epsilon.
-            purpose: What is trained or evaluated, among how many devices, and how updates travel.
-            ledger: What these photos have paid so far.
+            purpose: What is trained or evaluated, among how many devices, and how updates are protected.
+            ledger: The ledger of these photos.
             run: The run's name in the ledger, if it has begun.
-            round: The round that is asked for; if it is booked already, `record` alone decides about it.
-            surroundings: Says the time, the power and the load; this machine if None.
+            round: The requested round; if it is recorded already, `record` alone decides about it.
+            environment: Says the time, the power and the load; this machine if None.
 
         Raises:
             ConditionsNotMet: The owner's conditions do not hold; the reason is in its `private`, for the owner's log
                 alone.
-            PolicyRefusal: With what was asked, what is spent and what is allowed.
+            PolicyRefusal: With the requested, the spent and the allowed epsilon.
             LedgerError: The ledger cannot be trusted, so nothing can be admitted.
         """
         planned = _planned(plan, run, round, purpose)
-        self.check_static(planned.dp, purpose, surroundings=surroundings)
-        here = surroundings or SystemEnvironment()
+        self.check_static(planned.dp, purpose, environment=environment)
+        here = environment or SystemEnvironment()
         self.conditions.check(here)
         if self.max_load is not None and ledger.began_since(here.now() - COOLDOWN):
-            # Otherwise a server that asks again and again learns from the load how long the last work took.
+            # Otherwise a server that repeats its requests learns from the load how long the last work took.
             raise ConditionsNotMet(
                 "a computation began less than 15 minutes ago, and the load may be its own"
             )
@@ -178,40 +178,40 @@ class DevicePolicy:
             self._admit_price(planned, ledger)
 
     def check_static(
-        self, dp: DPParameters, purpose: Purpose, *, surroundings: Environment | None = None
+        self, dp: DPParameters, purpose: Purpose, *, environment: Environment | None = None
     ) -> None:
         """All that `admit` checks except cost and load; it also holds for a stored reply.
 
         Raises:
             PolicyRefusal: As for `admit`.
         """
-        here = surroundings or SystemEnvironment()
+        here = environment or SystemEnvironment()
         self._admit_today(here)
         self._admit_purpose(purpose)
         self._admit_guarantee(dp)
         replace(self.conditions, max_load=None).check(here)  # a stored reply costs no work
 
-    def check_decryption(self, protocol: str, *, surroundings: Environment | None = None) -> None:
-        """Return if this device may open a sum that it has a part in: what it does for others, not with photos.
+    def check_decryption(self, protocol: str, *, environment: Environment | None = None) -> None:
+        """Return if this device may decrypt a sum that it has a part in; no photo is read for that.
 
         Raises:
             PolicyRefusal: The last day is over, or sums of this kind are not allowed.
         """
-        self._admit_today(surroundings or SystemEnvironment())
+        self._admit_today(environment or SystemEnvironment())
         self._admit_protocol(protocol)
 
-    def _admit_today(self, surroundings: Environment) -> None:
-        if self.expires is not None and surroundings.now().date() > parse_expiry(self.expires):
-            raise PolicyRefusal(f"what the owner of this device allowed has ended ({self.expires})")
+    def _admit_today(self, environment: Environment) -> None:
+        if self.expires is not None and environment.now().date() > parse_expiry(self.expires):
+            raise PolicyRefusal(f"the permission of this device's owner has ended ({self.expires})")
 
     def _admit_purpose(self, purpose: Purpose) -> None:
         objective = purpose.objective
         if objective == EVALUATION:
             if not self.evaluation:
-                raise PolicyRefusal("this run asks for evaluation metrics; this device does not compute any")
+                raise PolicyRefusal("this run requests evaluation metrics; this device does not compute any")
         elif objective not in self.objectives:
             raise PolicyRefusal(
-                f'this run asks to train "{objective}"; this device allows '
+                f'this run requests training of "{objective}"; this device allows '
                 f"{', '.join(self.objectives) or 'nothing'}"
             )
         self._admit_protocol(purpose.protocol)
@@ -224,7 +224,7 @@ class DevicePolicy:
     def _admit_protocol(self, protocol: str) -> None:
         if protocol not in self.protocols:
             raise PolicyRefusal(
-                f'this run asks to send updates "{protocol}"; this device allows '
+                f'this run requests updates as "{protocol}"; this device allows '
                 f"{', '.join(self.protocols) or 'nothing'}"
             )
 
@@ -232,7 +232,7 @@ class DevicePolicy:
         if not terms.is_private:
             if not self.allow_no_dp:
                 raise PolicyRefusal(
-                    "this run asks for epsilon infinite at every delta: it adds no noise; this device allows at most "
+                    "this run requests epsilon infinite at every delta: it adds no noise; this device allows at most "
                     f"{self.budgets[0]}",
                     advice="Give it a privacy target, or ask the owner to allow it.",
                 )
@@ -252,18 +252,18 @@ class DevicePolicy:
         if short is not None:
             rounds = sum(part.schedule.rounds for part in planned.releases.parts)
             raise PolicyRefusal(
-                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {describe_briefly(short)}",
+                f"over {rounds} round{'' if rounds == 1 else 's'} this run requests {describe_briefly(short)}",
                 advice="Lower the rounds, raise the noise, or ask the owner of this device for a larger budget.",
             )
         short = ledger.check_round(planned, periods)
         if short is not None:
             later = (
                 "That is more than this period ever allows."
-                if short.asked > short.budget.epsilon
-                else "Ask again later."
+                if short.requested > short.budget.epsilon
+                else "Try again later."
             )
             raise PolicyRefusal(
-                f"with one more round this run asks for {describe_briefly(short)}", advice=later
+                f"with one more round this run requests {describe_briefly(short)}", advice=later
             )
 
     def record(
@@ -274,29 +274,29 @@ class DevicePolicy:
         run: str,
         round: int,
         metadata: Mapping[str, str] | None = None,
-        surroundings: Environment | None = None,
+        environment: Environment | None = None,
     ) -> LedgerEntry:
-        """Book one round within this policy's budgets, on disk when this returns; then compute it.
+        """Record one round within this policy's budgets, on disk when this returns; then compute it.
 
         What `admit` checked is checked again where it may have changed since: the last day, the unit, who is trusted,
-        and every budget, in one transaction with the booking.
+        and every budget, in one transaction with the record.
 
         Args:
             plan: Everything that the run releases; the round's numbers are noted beside its event.
-            ledger: What these photos have paid so far.
+            ledger: The ledger of these photos.
             run: The run's name in the ledger, which says whether this is an evaluation.
             round: Which round, from 1.
             metadata: What else identifies the release, such as the model's hash. They cannot change `OWN_METADATA`.
-            surroundings: Says the day; this machine if None.
+            environment: Says the day; this machine if None.
 
         Raises:
-            PolicyRefusal: The budget does not allow this run or round, the run was booked with other releases, or it
+            PolicyRefusal: The budget does not allow this run or round, the run was recorded with other releases, or it
                 has no noise and may not.
-            LedgerError: The ledger is damaged, or this round was answered for a different release.
+            LedgerError: The ledger is damaged, or this round has a reply for another release.
         """
         planned = _planned(plan, run, round)
         terms = planned.dp
-        self._admit_today(surroundings or SystemEnvironment())
+        self._admit_today(environment or SystemEnvironment())
         self._admit_guarantee(terms)
         own = terms.metadata()
         noted = {**own, **(metadata or {}), **{key: own[key] for key in OWN_METADATA}}
@@ -304,14 +304,14 @@ class DevicePolicy:
             return ledger.record_round(planned, self.budgets, metadata=noted)
         return ledger.record(terms.event(1), run=run, round=round, metadata=noted)
 
-    def ended(self, surroundings: Environment) -> str | None:
+    def ended(self, environment: Environment) -> str | None:
         """That the last day is over, as a sentence without full stop; None as long as it is not."""
-        if self.expires is None or surroundings.now().date() <= parse_expiry(self.expires):
+        if self.expires is None or environment.now().date() <= parse_expiry(self.expires):
             return None
         return f"this policy ended on {self.expires}; everything is refused"
 
     def warnings(self) -> list[str]:
-        """What is allowed to be written and hardly meant, one sentence each, without full stops."""
+        """Entries that are valid but probably unintended, one sentence each, without full stops."""
         large = f"delta {format_delta(self.delta)} is large: with about this probability the bound need not hold at all"
         return [
             *([large] if self.delta > LARGE_DELTA else []),
@@ -331,16 +331,16 @@ class DevicePolicy:
         """What is allowed, one sentence each, without full stops."""
         conditions = replace(self.conditions, hours=()).describe()
         if self.hours:
-            hours = " or ".join("from {} to {}".format(*words.split("-")) for words in self.hours)
+            hours = " or ".join("from {} to {}".format(*options.split("-")) for options in self.hours)
             conditions = [f"{hours}, local time", *conditions]
         return [
             f"photos may help to train {_or([f'{objective}s' for objective in self.objectives])}",
             "evaluations of models on these photos are "
-            + ("answered, with noise" if self.evaluation else "not answered")
+            + ("allowed, with noise" if self.evaluation else "refused")
             + (", or without where the server adds it" if self.evaluation and self.trust_server else ""),
-            f"updates may travel {_or(self.protocols)}, where {self.min_cohort_size} devices or more are summed"
+            f"updates may be sent {_or(self.protocols)}, where {self.min_cohort_size} devices or more are summed"
             if self.protocols
-            else "updates may not travel at all: every run is refused",
+            else "updates may not be sent at all: every run is refused",
             *(f"at most {limit}" for limit in self.budgets),
             f"the budget counts {describe_unit(self.unit)}",
             f"a run's guarantee must be per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
@@ -382,8 +382,8 @@ def _check_folder(key: str, folder: Path) -> None:
         raise ValueError(f'{key} must name folders below the photos, without "..", got "{folder}"')
 
 
-def _or(words: tuple[str, ...] | list[str]) -> str:
-    return " or ".join(words) or "nothing"
+def _or(options: tuple[str, ...] | list[str]) -> str:
+    return " or ".join(options) or "nothing"
 
 
 def _in(folders: tuple[Path, ...]) -> str:

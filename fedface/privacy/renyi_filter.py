@@ -1,13 +1,13 @@
 """A privacy filter: what adaptively chosen runs cost together, for as long as they are admitted one by one.
 
-A server may choose the noise and the rate of its next run after it has seen the answers to the last one. Privacy loss
+A server may choose the noise and the rate of its next run after it has seen the replies to the last one. Privacy loss
 distributions of the parameters that were in the end used do not bound that: with two kinds of runs to choose from, a
 budget of (3, 1e-5) is exceeded although every step fits (tests/privacy/test_renyi_filter.py). Rényi divergences of one
 order, fixed in advance, do: if every run is admitted only while their sum at that order stays within a bound, the
 bound holds for everything together (Feldman and Zrnic 2021, arXiv:2008.11193, Theorem 4.3). The order follows from the
 budget alone, so that no server can choose it.
 
-One run alone is priced exactly, by its privacy loss distribution: its parameters are fixed before its first answer.
+One run alone is priced exactly, by its privacy loss distribution: its parameters are fixed before its first reply.
 """
 
 from __future__ import annotations

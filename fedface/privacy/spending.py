@@ -1,10 +1,10 @@
-"""What booked runs and releases cost together, against a budget, and over time; nothing here writes.
+"""What recorded runs and releases cost together, against a budget, and over time; nothing here writes.
 
 For life a run counts as a whole from its first release on. So it does in a period while one of its releases lies in it,
 if the whole run fits; of a run that is too long for the period, the releases of the period count one by one. One charge
 alone costs what its privacy loss distribution says, several what a privacy filter counts (privacy/renyi_filter.py):
-whoever chose the second knew the answers to the first. The first release of a life, or of a period, decides which: what
-fits only by its distribution leaves no room in the filter for anything else.
+a later run may be chosen with knowledge of earlier replies. The first release of a life, or of a period, decides which:
+what fits only by its distribution leaves no room in the filter for anything else.
 """
 
 from __future__ import annotations
@@ -19,19 +19,26 @@ from fedface.privacy.accounting import epsilon_of, event_from_json, flatten_even
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, BudgetExceeded
 from fedface.privacy.hash_chain import in_utc
-from fedface.privacy.ledger_records import Answer, Attempt, BookedRun, Charge, LedgerEntry, LedgerRecord
+from fedface.privacy.ledger_records import (
+    Attempt,
+    Charge,
+    LedgerEntry,
+    LedgerRecord,
+    RecordedRun,
+    StoredReply,
+)
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.renyi_filter import filter_epsilon, within_filter
 from fedface.privacy_units import Unit
 
-BOOKING_LIFETIME = timedelta(days=1)  # how long a computation may take; a later answer is not stored
+ENTRY_LIFETIME = timedelta(days=1)  # how long a computation may take; a later reply is not stored
 MAX_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
 MOMENTS = 24  # how often a total is computed for a table or a curve
 
 Events = list[tuple[Event, int]]  # each so many times
 
-# Of each entry, by its number: when its latest record was written, and whether that is its answer.
+# Of each entry, by its number: when its latest record was written, and whether that is its reply.
 Activity = dict[int, tuple[str, bool]]
 
 
@@ -44,7 +51,7 @@ def activity_of(records: Iterable[LedgerRecord]) -> Activity:
                 activity[record.number] = record.written, False
             case Attempt():
                 activity[record.entry] = record.written, False
-            case Answer():
+            case StoredReply():
                 activity[record.entry] = record.written, True
             case _:
                 pass
@@ -52,18 +59,18 @@ def activity_of(records: Iterable[LedgerRecord]) -> Activity:
 
 
 def counts_until(latest: tuple[str, bool]) -> datetime:
-    """The latest moment at which an entry's release may have left: its answer's, or the end of its lifetime."""
-    written, answered = latest
+    """The latest moment at which an entry's release may have left: its reply's, or the end of its lifetime."""
+    written, replied = latest
     moment = in_utc(datetime.fromisoformat(written))
-    return moment if answered else moment + BOOKING_LIFETIME
+    return moment if replied else moment + ENTRY_LIFETIME
 
 
 def charges(records: Iterable[LedgerRecord]) -> list[Charge]:
-    """What is paid for life, oldest first: whole runs, and releases that no run's booking covers."""
+    """What counts for life, oldest first: whole runs, and releases that are not part of a recorded run."""
     return [
         record
         for record in records
-        if isinstance(record, BookedRun) or (isinstance(record, LedgerEntry) and not record.planned)
+        if isinstance(record, RecordedRun) or (isinstance(record, LedgerEntry) and not record.planned)
     ]
 
 
@@ -89,8 +96,8 @@ def counted(
         if isinstance(record, LedgerEntry) and counts_until(activity[record.number]) >= since
     ]
     names = {entry.run_name for entry in recent if entry.planned}
-    booked = [record for record in records if isinstance(record, BookedRun) and record.run in names]
-    whole = [run for run in booked if fits_alone(event_from_json(run.event), run.unit, budget)]
+    recorded = [record for record in records if isinstance(record, RecordedRun) and record.run in names]
+    whole = [run for run in recorded if fits_alone(event_from_json(run.event), run.unit, budget)]
     covered = {run.run for run in whole}
     return [*whole, *(entry for entry in recent if not (entry.planned and entry.run_name in covered))]
 
@@ -144,9 +151,9 @@ def price_with(
 ) -> tuple[Epsilon, Epsilon, Epsilon]:
     """What one more event of a run with `run_unit` costs in a budget's unit: alone, what is spent, and both."""
     before = _events(charged, budget.unit)
-    asked = [(convert_unit(event, source=run_unit, target=budget.unit), 1)]
+    requested = [(convert_unit(event, source=run_unit, target=budget.unit), 1)]
     alone, spent, together = (
-        _price(part, budget.delta, budget.unit) for part in (asked, before, before + asked)
+        _price(part, budget.delta, budget.unit) for part in (requested, before, before + requested)
     )
     return alone, spent, together
 
@@ -162,11 +169,11 @@ def exceeded(
     Raises:
         LedgerError: A charge cannot be priced.
     """
-    asked = convert_unit(event, source=run_unit, target=budget.unit)
-    if _fits([*_events(charged, budget.unit), (asked, 1)], budget.epsilon, budget.delta):
+    requested = convert_unit(event, source=run_unit, target=budget.unit)
+    if _fits([*_events(charged, budget.unit), (requested, 1)], budget.epsilon, budget.delta):
         return None
     alone, spent, together = price_with(charged, event, budget, run_unit=run_unit)
-    return BudgetExceeded(budget=budget, asked=alone.upper, spent=spent.upper, together=together.upper)
+    return BudgetExceeded(budget=budget, requested=alone.upper, spent=spent.upper, together=together.upper)
 
 
 def rounds_that_fit(charged: Sequence[Charge], dp: DPParameters, budget: Budget) -> int:
@@ -201,12 +208,12 @@ def spent_against(
 def totals(
     records: Sequence[LedgerRecord], *, delta: float, unit: Unit, most: int | None = MOMENTS
 ) -> dict[int, Epsilon]:
-    """What is paid for life up to each entry, by its number; at `most` of them, always the last."""
+    """What counts for life up to each entry, by its number; at `most` of them, always the last."""
     entries = [record for record in records if isinstance(record, LedgerEntry)]
-    paid = charges(records)
+    charged = charges(records)
     chosen = [entries[i].number for i in _spread(len(entries), most)]
     return {
-        number: price_of([charge for charge in paid if charge.number <= number], delta=delta, unit=unit)
+        number: price_of([charge for charge in charged if charge.number <= number], delta=delta, unit=unit)
         for number in chosen
     }
 
@@ -215,7 +222,7 @@ def spending_curve(
     records: Sequence[LedgerRecord], budget: Budget, now: datetime
 ) -> list[tuple[datetime, float]]:
     """When the upper bound that counts against a budget became what; ends now, has at most MOMENTS + 1 points."""
-    times = [record.time for record in records if isinstance(record, BookedRun | LedgerEntry)]
+    times = [record.time for record in records if isinstance(record, RecordedRun | LedgerEntry)]
     if budget.days is not None:
         # An entry that is as old as the period still counts; a second later it does not.
         over = timedelta(days=min(budget.days, MAX_PERIOD), seconds=1)

@@ -75,7 +75,7 @@ def _labelled_probe(probe: LabelledProbe, size: int) -> PublicProbe:
         for reason, counts in (("no face found or unreadable", unseen), ("turned away", turned))
         if counts
     ]
-    left_out = (
+    skipped = (
         f"; left out of {len(everyone) + sum(unseen.values()) + sum(turned.values())}: " if reasons else ""
     )
     return PublicProbe(
@@ -84,6 +84,6 @@ def _labelled_probe(probe: LabelledProbe, size: int) -> PublicProbe:
         expected=tuple(sorted({*everyone.groups, *unseen, *turned})),
         tone=measure_tone(faces.images),
         description=f"{len(faces)} labelled photos grouped by {probe.label}, up to {probe.per_group} each"
-        + left_out
+        + skipped
         + "; ".join(reasons),
     )

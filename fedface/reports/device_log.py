@@ -192,11 +192,11 @@ def make_log(
     def logged(record: Transmission | Withdrawal) -> LoggedRecord:
         if isinstance(record, Withdrawal) or record.entry is None or record.resent:
             return LoggedRecord(record=record, price=None)
-        paid = by_number[record.entry]
+        entry = by_number[record.entry]
         return LoggedRecord(
             record=record,
-            price=price_of([paid], delta=policy.delta, unit=policy.unit),
-            without_noise=paid.metadata.get("noise_at") == "server",
+            price=price_of([entry], delta=policy.delta, unit=policy.unit),
+            without_noise=entry.metadata.get("noise_at") == "server",
         )
 
     sent = {record.entry for record in snapshot.transmissions}

@@ -130,7 +130,7 @@ def test_a_spent_budget_is_a_refusal_with_three_numbers(device: Device, task: Tr
     poor = replace(device, photos=unreadable, policy=replace(device.policy, max_epsilon=0.5))
     answer = handle_task(task, poor)
     assert isinstance(answer, Refusal) and answer.device == "device-00"
-    assert "asks for epsilon" in answer.reason and "of 0.5 is already spent" in answer.reason
+    assert "requests epsilon" in answer.reason and "of 0.5 is already spent" in answer.reason
     assert recorded(device) == []
 
 
@@ -315,7 +315,7 @@ def test_the_last_affordable_round_is_answered_and_the_next_is_not(
     answer = handle_task(
         replace(task, round=3, config=replace(task.config, dp=longer, training=training)), device
     )
-    assert isinstance(answer, Refusal) and "was booked with other" in answer.reason
+    assert isinstance(answer, Refusal) and "was recorded with other" in answer.reason
     assert recorded(device) == [("tiny", 1, 1), ("tiny", 2, 1)]
     spent = Ledger.open(device.ledger_path).spent(1e-3).upper
     assert spent <= device.policy.max_epsilon
@@ -324,7 +324,7 @@ def test_the_last_affordable_round_is_answered_and_the_next_is_not(
 @pytest.mark.parametrize(
     ("policy", "cohort", "words"),
     [
-        ({"protocols": ("homomorphic",)}, 2, 'asks to send updates "plain"; this device allows homomorphic'),
+        ({"protocols": ("homomorphic",)}, 2, 'requests updates as "plain"; this device allows homomorphic'),
         ({"min_cohort_size": 3}, 2, "sums 2 devices; this device takes part only among 3 or more"),
         ({"objectives": ("upsampler",)}, 2, 'asks to train "generator"; this device allows upsampler'),
     ],
@@ -341,9 +341,9 @@ def test_what_the_owner_did_not_allow_is_refused(
 
 def test_a_run_without_dp_is_refused_unless_allowed(tmp_path: Path, device: Device) -> None:
     """Epsilon infinite, and the owner's limit."""
-    unpromised = tiny_experiment(tmp_path / "recipe", {"privacy": NO_PRIVACY})
-    answer = handle_task(train_task(unpromised, tiny_gan()), replace(device, photos=unreadable))
-    assert isinstance(answer, Refusal) and "asks for epsilon inf" in answer.reason
+    no_dp_allowed = tiny_experiment(tmp_path / "recipe", {"privacy": NO_PRIVACY})
+    answer = handle_task(train_task(no_dp_allowed, tiny_gan()), replace(device, photos=unreadable))
+    assert isinstance(answer, Refusal) and "requests epsilon inf" in answer.reason
     assert recorded(device) == []
 
 

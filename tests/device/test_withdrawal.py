@@ -176,9 +176,9 @@ def test_withdrawing_again_deletes_a_reply_stored_meanwhile(home: Path) -> None:
     withdraw(stored, "faces")
     ledger = stored.ledger.open()
     entry = ledger.record(EVENT, run="faces", round=3)
-    ledger.store_reply("faces", 3, b"nobody will ask for it", attempt=entry.attempt)
+    ledger.store_reply("faces", 3, b"no further request", attempt=entry.attempt)
     assert withdraw(stored, "faces") == 1 and ledger.load_reply("faces", 3) is None
-    assert b"nobody will ask for it" not in stored.ledger.path.read_bytes()
+    assert b"no further request" not in stored.ledger.path.read_bytes()
 
 
 def test_withdrawing_twice_has_no_further_effect(home: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_symbolic_link_is_refused(home: Path, name: str, dangling: bool) -> No
 
 
 def test_a_witness_blocks_a_new_start_after_erasing_until_it_is_deleted(home: Path) -> None:
-    """The owner is told which files to delete."""
+    """The owner learns which files to delete."""
     stored = used(home, witness=home / "disk")
     done = erase(stored, ledger=True)
     assert {done.witness} == set(everything_in(home / "disk"))

@@ -41,8 +41,8 @@ def test_what_is_read_at_run_time_is_in_the_wheel() -> None:
         if path.is_file() and path.suffix not in (".py", ".pyc") and "__pycache__" not in path.parts
     ]
     assert "models/weights/gan32.safetensors" in others
-    left_out = [name for name in others if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-    assert left_out == []
+    missing = [name for name in others if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    assert missing == []
 
 
 def test_the_command_is_installed() -> None:

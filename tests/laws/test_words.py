@@ -38,6 +38,14 @@ BETTER = {
     r"at the door": "at construction, or before ...",
     r"for free": "at no privacy cost",
     r"\bchances?\b": "rng, or probability",
+    r"\bbook(s|ed|ings?)?\b": "record(ed), entry, or ledger",
+    r"(?<!there )\b(is|are) no (ledger|picture|pictures|index|text|file|CSV|evidence|refusal)\b": "is not a ...",
+    r"\bunpromised\b": "without DP",
+    r"\bnobody\b(?!\")": "no one, or name who",
+    r"\bbare\b": "without noise, or alone",
+    r"in_words": "describe",
+    r"\b(told|wanted)\b": "reported; expected",
+    r"\bleft_out\b": "skipped",
 }
 
 

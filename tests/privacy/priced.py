@@ -1,4 +1,4 @@
-"""Events, bookings and the closed form that prices are compared with, for the tests of this folder."""
+"""Events, recorded runs and the closed form that prices are compared with, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def one_sum(rounds: int = 1, sigma: float = SIGMA, unit: Unit = "photo") -> DPPa
 EVENT = one_sum().event()
 
 
-def book(
+def record_run(
     ledger: Ledger,
     limits: Sequence[Budget],
     *,
@@ -59,7 +59,7 @@ def book(
     round: int = 1,
     terms: DPParameters | None = None,
 ) -> LedgerEntry:
-    """Book a round of a run, by default of one round."""
+    """Record a round of a run, by default of one round."""
     terms = one_sum() if terms is None else terms
     evaluates = not is_run_name(run)
     releases = RunReleases(evaluation=terms) if evaluates else RunReleases(training=terms)

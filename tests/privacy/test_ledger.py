@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dp_accounting as dp
 import pytest
-from priced import DELTA, EVENT, SIGMA, book, cost_of
+from priced import DELTA, EVENT, SIGMA, cost_of, record_run
 from pytest import approx
 
 from fedface.errors import LedgerError
@@ -76,8 +76,8 @@ def test_an_answered_round_is_recorded_once_and_gives_the_same_bytes(ledger: Led
 def test_an_unanswered_round_is_recorded_once(ledger: Ledger) -> None:
     """A reply is stored before it is sent: without one nothing left, and there is nothing more to record."""
     limit = Budget(epsilon=cost_of(1), delta=DELTA)
-    first = book(ledger, [limit])
-    assert book(ledger, [limit]) == first
+    first = record_run(ledger, [limit])
+    assert record_run(ledger, [limit]) == first
     assert len(ledger.entries()) == 1
 
 
@@ -125,7 +125,7 @@ def test_an_answered_round_cannot_be_reused_for_another_task(ledger: Ledger) -> 
 
 
 def test_a_reply_needs_a_record(ledger: Ledger) -> None:
-    with pytest.raises(LedgerError, match="never booked"):
+    with pytest.raises(LedgerError, match="never recorded"):
         ledger.store_reply("r", 0, b"payload")
 
 
@@ -169,12 +169,12 @@ def test_a_file_of_another_format_is_refused_in_one_sentence(ledger: Ledger, tmp
     """Also by a session that was open when the file was replaced."""
     ledger.record(EVENT, run="r", round=0)
     database = sqlite3.connect(file_of(tmp_path))
-    database.execute("PRAGMA user_version = 3")
+    database.execute("PRAGMA user_version = 4")
     database.commit()
     database.close()
     for attempt in (lambda: Ledger.open(file_of(tmp_path)), ledger.entries):
         with pytest.raises(
-            LedgerError, match="has format 3; this version of fedface reads ledgers of format 2 alone"
+            LedgerError, match="has format 4; this version of fedface reads ledgers of format 3 alone"
         ):
             attempt()
 

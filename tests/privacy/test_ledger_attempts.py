@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from priced import DELTA, EVENT, book, cost_of, one_sum
+from priced import DELTA, EVENT, cost_of, one_sum, record_run
 
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.budget import Budget
@@ -28,14 +28,14 @@ def ledger(path: Path) -> Ledger:
     return Ledger.open(path)
 
 
-def limit_for(bookings: int) -> Budget:
+def limit_for(runs: int) -> Budget:
     """A budget for exactly this many runs of one round."""
-    return Budget(epsilon=cost_of(bookings), delta=DELTA)
+    return Budget(epsilon=cost_of(runs), delta=DELTA)
 
 
 def killed(ledger: Ledger, limit: Budget = ROOM) -> int:
     """Record and begin round 1 as a device does, without a reply; returns the attempt's record."""
-    entry = book(ledger, [limit], run="r", round=1)
+    entry = record_run(ledger, [limit], run="r", round=1)
     ledger.record_attempt("r", 1, attempt=entry.attempt)
     return entry.attempt
 
@@ -95,7 +95,7 @@ def test_a_round_answered_after_interruptions_is_resent(ledger: Ledger, tries: i
         attempt = killed(ledger)
     ledger.store_reply("r", 1, b"payload", attempt=attempt)
     for _ in range(5):
-        assert book(ledger, [limit_for(1)], run="r", round=1).attempt == 1
+        assert record_run(ledger, [limit_for(1)], run="r", round=1).attempt == 1
         assert ledger.load_reply("r", 1) == b"payload"
     with pytest.raises(LedgerError, match="answered already"):
         ledger.record_attempt("r", 1, attempt=1)
@@ -115,7 +115,7 @@ def test_a_new_record_has_its_own_attempts_and_one_reply(ledger: Ledger) -> None
 def test_rounds_and_runs_are_counted_separately(ledger: Ledger) -> None:
     for run, round in (("r", 1), ("r", 2), ("s", 1), ("t/metrics", 1)):
         for _ in range(3):
-            entry = book(ledger, [ROOM], run=run, round=round, terms=one_sum(rounds=2))
+            entry = record_run(ledger, [ROOM], run=run, round=round, terms=one_sum(rounds=2))
             ledger.record_attempt(run, round, attempt=entry.attempt)
     assert len(ledger.entries()) == 4
 
@@ -123,7 +123,7 @@ def test_rounds_and_runs_are_counted_separately(ledger: Ledger) -> None:
 def test_an_attempt_needs_a_record(ledger: Ledger) -> None:
     ledger.record(EVENT, run="r", round=1)
     for round, attempt in ((2, 1), (1, 2), (1, 0)):
-        with pytest.raises(LedgerError, match="never booked"):
+        with pytest.raises(LedgerError, match="never recorded"):
             ledger.record_attempt("r", round, attempt=attempt)
 
 
@@ -132,7 +132,7 @@ def test_of_four_concurrent_attempts_on_one_record_three_are_admitted(ledger: Le
     attempts = [ledger.record(EVENT, run="r", round=1).attempt for _ in range(4)]
     for attempt in attempts[:3]:
         ledger.record_attempt("r", 1, attempt=attempt)
-    with pytest.raises(LedgerError, match="ask once more, and it is booked anew"):
+    with pytest.raises(LedgerError, match="the next request needs a new entry"):
         ledger.record_attempt("r", 1, attempt=attempts[3])
     assert killed(ledger) == 2
 
@@ -144,7 +144,7 @@ def test_of_four_concurrent_attempts_on_one_record_three_are_admitted(ledger: Le
         "DELETE FROM records WHERE number = 4",
         "UPDATE records SET entry = 3 WHERE number = 4",
         'UPDATE records SET content = \'{"run":"s"}\' WHERE number = 3',
-        "UPDATE records SET kind = 'answer' WHERE number = 4",
+        "UPDATE records SET kind = 'reply' WHERE number = 4",
         "DROP TABLE records",
     ],
 )

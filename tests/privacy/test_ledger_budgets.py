@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dp_accounting as dp
 import pytest
-from priced import DELTA, EVENT, book, cost_of, one_sum
+from priced import DELTA, EVENT, cost_of, one_sum, record_run
 from pytest import approx
 
 from fedface.errors import LedgerError, PolicyRefusal
@@ -16,7 +16,7 @@ from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import replace_one_event
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.ledger_records import Answer
+from fedface.privacy.ledger_records import StoredReply
 from fedface.privacy.renyi_filter import filter_epsilon
 
 
@@ -28,11 +28,11 @@ def ledger(tmp_path: Path) -> Ledger:
 def test_a_budget_holds_and_the_refusal_has_requested_spent_and_allowed(ledger: Ledger) -> None:
     budget = cost_of(4)
     for run in "abcd":
-        book(ledger, [Budget(epsilon=budget, delta=DELTA)], run=run)
+        record_run(ledger, [Budget(epsilon=budget, delta=DELTA)], run=run)
     with pytest.raises(PolicyRefusal) as refusal:
-        book(ledger, [Budget(epsilon=budget, delta=DELTA)], run="e")
+        record_run(ledger, [Budget(epsilon=budget, delta=DELTA)], run="e")
     asked = epsilon_of(EVENT, DELTA).upper
-    for metric in (f"asks for epsilon {asked:.3f}", f"{budget:.3f} of", f"of {budget:g}"):
+    for metric in (f"requests epsilon {asked:.3f}", f"{budget:.3f} of", f"of {budget:g}"):
         assert metric in str(refusal.value)
     assert len(ledger.entries()) == 4
 
@@ -51,7 +51,7 @@ def runs_until_refused(ledger: Ledger, name: str, *limits: Budget) -> int:
     """The number of runs of one round recorded before one is refused."""
     for number in range(100):
         try:
-            entry = book(ledger, limits, run=f"{name} {number}")
+            entry = record_run(ledger, limits, run=f"{name} {number}")
         except PolicyRefusal:
             return number
         ledger.store_reply(entry.run, 1, b"payload", attempt=entry.attempt)
@@ -79,7 +79,7 @@ def test_a_period_ends_to_the_second(tmp_path: Path) -> None:
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     monthly = Budget(epsilon=cost_of(1), delta=DELTA, days=30)
-    entry = book(ledger, [monthly], run="r")
+    entry = record_run(ledger, [monthly], run="r")
     ledger.store_reply("r", 1, b"payload", attempt=entry.attempt)
     start = clock.today
     clock.today = start + timedelta(days=30)
@@ -98,37 +98,37 @@ def test_a_clock_set_back_frees_nothing(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     monthly = Budget(epsilon=cost_of(2), delta=DELTA, days=30)
     start = clock.today
-    book(ledger, [monthly], run="a")
+    record_run(ledger, [monthly], run="a")
     clock.today = start - timedelta(days=400)
     assert runs_until_refused(ledger, "b", monthly) == 1
     clock.today = start + timedelta(days=1)
     assert runs_until_refused(ledger, "c", monthly) == 0
 
 
-def test_a_booking_that_is_answered_late_counts_from_its_answer(tmp_path: Path) -> None:
+def test_an_entry_with_a_late_reply_counts_from_its_reply(tmp_path: Path) -> None:
     """It counts for a day while it may still be computed; after that the period is checked again."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     weekly = [Budget(epsilon=50.0, delta=DELTA), Budget(epsilon=cost_of(1), delta=DELTA, days=7)]
-    first = book(ledger, weekly, run="r")
+    first = record_run(ledger, weekly, run="r")
     clock.today += timedelta(days=7, hours=20)
     with pytest.raises(PolicyRefusal, match="in any 7 days"):
-        book(ledger, weekly, run="s")
+        record_run(ledger, weekly, run="s")
     clock.today += timedelta(hours=8)
-    other = book(ledger, weekly, run="s")  # the first can no longer be answered by itself
+    other = record_run(ledger, weekly, run="s")  # the first can no longer be answered by itself
     with pytest.raises(PolicyRefusal, match="in any 7 days"):
-        book(ledger, weekly, run="r")
+        record_run(ledger, weekly, run="r")
     ledger.store_reply("s", 1, b"payload", attempt=other.attempt)
     clock.today += timedelta(days=8)
-    assert book(ledger, weekly, run="r") == first
+    assert record_run(ledger, weekly, run="r") == first
     ledger.record_attempt("r", 1, attempt=1)
     clock.today += timedelta(hours=23)
     ledger.store_reply("r", 1, b"payload", attempt=1)
     clock.today += timedelta(days=6, hours=23)
     with pytest.raises(PolicyRefusal, match="in any 7 days"):
-        book(ledger, weekly, run="t")
+        record_run(ledger, weekly, run="t")
     clock.today += timedelta(hours=2)
-    book(ledger, weekly, run="t")
+    record_run(ledger, weekly, run="t")
 
 
 def test_a_stored_reply_is_sent_again_where_nothing_more_may_be_released(tmp_path: Path) -> None:
@@ -137,13 +137,13 @@ def test_a_stored_reply_is_sent_again_where_nothing_more_may_be_released(tmp_pat
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     terms = one_sum(rounds=20)
     week = Budget(epsilon=cost_of(1), delta=DELTA, days=7)  # room for one round, not for the run
-    first = book(ledger, [Budget(epsilon=50.0, delta=DELTA), week], terms=terms)
+    first = record_run(ledger, [Budget(epsilon=50.0, delta=DELTA), week], terms=terms)
     ledger.store_reply("r", 1, b"payload", attempt=first.attempt)
     clock.today += timedelta(hours=1)
     limits = [Budget(epsilon=1e-3, delta=DELTA), week]
-    assert book(ledger, limits, terms=terms) == first and ledger.load_reply("r", 1) == b"payload"
+    assert record_run(ledger, limits, terms=terms) == first and ledger.load_reply("r", 1) == b"payload"
     with pytest.raises(PolicyRefusal):
-        book(ledger, limits, round=2, terms=terms)
+        record_run(ledger, limits, round=2, terms=terms)
 
 
 def test_a_round_has_one_answer_and_three_computations_however_late_it_is_asked_again(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_round_has_one_answer_and_three_computations_however_late_it_is_asked_
     limits = [Budget(epsilon=50.0, delta=DELTA), Budget(epsilon=40.0, delta=DELTA, days=7)]
     attempts = []
     for _ in range(5):
-        attempts.append(book(ledger, limits).attempt)
+        attempts.append(record_run(ledger, limits).attempt)
         ledger.record_attempt("r", 1, attempt=attempts[-1])
         clock.today += timedelta(days=2)
     assert attempts == [1, 1, 1, 2, 2]
@@ -164,7 +164,7 @@ def test_a_round_has_one_answer_and_three_computations_however_late_it_is_asked_
 
 def test_nothing_is_released_without_a_budget(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="at least one limit"):
-        book(ledger, [], run="r")
+        record_run(ledger, [], run="r")
     assert ledger.entries() == []
 
 
@@ -186,9 +186,9 @@ def test_a_run_per_photo_uses_up_every_budget_per_occasion(ledger: Ledger) -> No
     """The number of photos of an occasion is unknown."""
     per_occasion = Budget(epsilon=1e6, delta=DELTA, unit="occasion")
     shortfall = ledger.check_budget(EVENT, [per_occasion], run_unit="photo")
-    assert shortfall is not None and shortfall.asked == shortfall.together == float("inf")
-    with pytest.raises(PolicyRefusal, match="asks for epsilon inf.*per occasion for life"):
-        book(ledger, [per_occasion])
+    assert shortfall is not None and shortfall.requested == shortfall.together == float("inf")
+    with pytest.raises(PolicyRefusal, match="requests epsilon inf.*per occasion for life"):
+        record_run(ledger, [per_occasion])
     assert ledger.check_budget(EVENT, [per_occasion], run_unit="occasion") is None
 
 
@@ -201,11 +201,11 @@ def test_nearly_free_releases_do_not_fill_the_disk_or_slow_a_device_down(
     for number in range(20):
         terms = one_sum(sigma=9000.0 + number)
         for again in range(2):
-            entry = book(ledger, [limit], run=f"run-{number}-{again}", terms=terms)
+            entry = record_run(ledger, [limit], run=f"run-{number}-{again}", terms=terms)
             ledger.store_reply(entry.run, 1, b"x" * 1000, attempt=entry.attempt)
     stored = [entry.run for entry in ledger.entries() if ledger.load_reply(entry.run, 1) is not None]
     assert stored == [f"run-{number}-{again}" for number in range(12, 20) for again in range(2)]
-    assert {record.entry for record in ledger.read().records if isinstance(record, Answer)} == {
+    assert {record.entry for record in ledger.read().records if isinstance(record, StoredReply)} == {
         entry.number for entry in ledger.entries()
     }
     assert len(ledger.entries()) == 40

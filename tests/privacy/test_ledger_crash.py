@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from priced import DELTA, EVENT, book, cost_of
+from priced import DELTA, EVENT, cost_of, record_run
 
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.budget import Budget
@@ -32,7 +32,7 @@ def record_all(path: Path, witness: Path, run: str, limits: list[Budget], result
     ledger = Ledger.open(path, witness)
     for round in range(100_000):
         try:
-            entry = book(ledger, limits, run=f"{run} {round}")
+            entry = record_run(ledger, limits, run=f"{run} {round}")
         except PolicyRefusal:
             break
         result.send(entry.digest)
@@ -40,7 +40,7 @@ def record_all(path: Path, witness: Path, run: str, limits: list[Budget], result
     result.close()
 
 
-def booker(folder: Path, run: str, *limits: Budget) -> tuple[BaseProcess, Connection]:
+def recorder(folder: Path, run: str, *limits: Budget) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("fork")
     heard, result = context.Pipe(duplex=False)
     process = context.Process(
@@ -62,7 +62,7 @@ def rest_of(heard: Connection) -> list[str]:
 
 def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
     """A budget for exactly four runs, and two processes that record as many as they can."""
-    both = [booker(tmp_path, run, budget_for(4)) for run in ("a", "b")]
+    both = [recorder(tmp_path, run, budget_for(4)) for run in ("a", "b")]
     result = [rest_of(heard) for _, heard in both]
     for process, _ in both:
         process.join(timeout=30)
@@ -74,7 +74,7 @@ def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
 
 def test_three_processes_cannot_overspend_the_tighter_of_two_budgets(tmp_path: Path) -> None:
     """Nine runs for life, five in any week, all requested at once."""
-    all_three = [booker(tmp_path, run, budget_for(9), budget_for(5, days=7)) for run in ("a", "b", "c")]
+    all_three = [recorder(tmp_path, run, budget_for(9), budget_for(5, days=7)) for run in ("a", "b", "c")]
     result = [rest_of(heard) for _, heard in all_three]
     for process, _ in all_three:
         process.join(timeout=30)
@@ -88,7 +88,7 @@ def test_kill_9_at_any_moment_loses_no_confirmed_record(tmp_path: Path) -> None:
     moments = random.Random(7)
     returned: list[str] = []
     for life in range(12):
-        process, heard = booker(tmp_path, f"r{life}", Budget(epsilon=1e4, delta=DELTA))
+        process, heard = recorder(tmp_path, f"r{life}", Budget(epsilon=1e4, delta=DELTA))
         result = [heard.recv() for _ in range(2)]
         time.sleep(moments.uniform(0.0, 0.03))
         process.kill()
@@ -96,11 +96,11 @@ def test_kill_9_at_any_moment_loses_no_confirmed_record(tmp_path: Path) -> None:
         process.join(timeout=10)
         returned += result
         ledger = Ledger.open(path, witness)
-        booked = [entry.digest for entry in ledger.entries()]
-        assert [digest for digest in booked if digest in set(returned)] == returned
-        assert len(booked) - len(returned) <= life + 1
+        recorded = [entry.digest for entry in ledger.entries()]
+        assert [digest for digest in recorded if digest in set(returned)] == returned
+        assert len(recorded) - len(returned) <= life + 1
     assert (
-        ledger.record(EVENT, run="after", round=0).number == 2 * len(booked) + 1
+        ledger.record(EVENT, run="after", round=0).number == 2 * len(recorded) + 1
     )  # each a run and its round
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from priced import DELTA, EVENT, book, cost_of
+from priced import DELTA, EVENT, cost_of, record_run
 
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.budget import Budget
@@ -82,7 +82,7 @@ def test_a_refusal_needs_no_entry_and_an_update_does(ledger: Ledger) -> None:
     ledger.record_transmission(b"sum", replace(REFUSAL, kind="update sum"))
     kinds: tuple[TransmissionKind, ...] = ("update", "metrics")
     for kind in kinds:
-        with pytest.raises(ValueError, match="has no entry that paid"):
+        with pytest.raises(ValueError, match="has no entry that covers it"):
             replace(REFUSAL, kind=kind)
     assert [sent.kind for sent in ledger.read().transmissions] == ["refusal", "update sum"]
 
@@ -96,10 +96,10 @@ def test_records_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"entry": 7}, "entry 7 of the ledger did not pay for round 1 of r"),
+        ({"entry": 7}, "entry 7 of the ledger does not cover round 1 of r"),
         ({"entry": 2}, "entry 2 of the ledger did not pay"),  # the record of the answer
-        ({"round": 2}, "did not pay for round 2 of r"),
-        ({"run": "s"}, "did not pay for round 1 of s"),
+        ({"round": 2}, "does not cover round 2 of r"),
+        ({"run": "s"}, "does not cover round 1 of s"),
     ],
 )
 def test_a_transmission_needs_its_own_entry(ledger: Ledger, change: dict[str, Any], words: str) -> None:
@@ -114,10 +114,10 @@ def test_an_entry_covers_only_the_stored_reply(ledger: Ledger) -> None:
     """Neither before there is one, nor for different bytes."""
     entry = ledger.record(EVENT, run="r", round=1)
     update = replace(UPDATE, entry=entry.number)
-    with pytest.raises(LedgerError, match="was not answered with this payload"):
+    with pytest.raises(LedgerError, match="was another reply than this payload"):
         ledger.record_transmission(b"payload", update)
     ledger.store_reply("r", 1, b"payload")
-    with pytest.raises(LedgerError, match="was not answered with this payload"):
+    with pytest.raises(LedgerError, match="was another reply than this payload"):
         ledger.record_transmission(b"another", update)
     assert ledger.record_transmission(b"payload", update).number == 3
 
@@ -156,7 +156,7 @@ def test_all_kinds_of_records_are_one_chain_and_exported_in_order(ledger: Ledger
     ledger.withdraw("r", "why")
     ledger.record_transmission(b"no", REFUSAL)
     snapshot = ledger.read()
-    kinds = ["release", "answer", "release", "attempt", "transmission", "withdrawal", "transmission"]
+    kinds = ["release", "reply", "release", "attempt", "transmission", "withdrawal", "transmission"]
     assert [(row["number"], row["kind"]) for row in snapshot.export()] == list(enumerate(kinds, start=1))
     assert [type(record) for record in snapshot.log] == [Transmission, Withdrawal, Transmission]
     assert snapshot.head == snapshot.chain[-1].digest
@@ -286,6 +286,6 @@ def test_kill_9_leaves_nothing_on_the_wire_that_the_ledger_lacks(
 def test_a_record_of_another_process_counts_before_the_next_one(ledger: Ledger, path: Path) -> None:
     """A session that was verified before it does not use the older total."""
     one = Budget(epsilon=cost_of(1), delta=DELTA)
-    book(Ledger.open(path), [one], run="a", round=1)
+    record_run(Ledger.open(path), [one], run="a", round=1)
     with pytest.raises(PolicyRefusal, match="is already spent"):
-        book(ledger, [one], run="b", round=1)
+        record_run(ledger, [one], run="b", round=1)

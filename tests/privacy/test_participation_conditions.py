@@ -130,7 +130,7 @@ def test_power_and_load(expected: ParticipationConditions, machine: FakeMachine,
     assert found is None if words is None else found is not None and words in found
 
 
-def test_conditions_in_words() -> None:
+def test_conditions_are_described() -> None:
     expected = ParticipationConditions(hours=("22:00-07:00",), min_battery=0.3, max_load=0.5)
     assert expected.describe() == [
         "between 22:00-07:00, local time",

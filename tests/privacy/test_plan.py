@@ -45,7 +45,7 @@ def test_a_target_without_noise_is_refused() -> None:
         Plan(privacy=TARGET, schedule=SCHEDULE, noise_multiplier=0.0)
 
 
-def test_a_plan_in_words_names_unit_delta_neighbours_and_bounds() -> None:
+def test_the_description_of_a_plan_names_unit_delta_neighbours_and_bounds() -> None:
     words = " ".join(make_plan(TARGET, SCHEDULE).describe())
     for part in ("per photo", "delta 1e-5", "add or remove one", "(between ", "over the whole run"):
         assert part in words

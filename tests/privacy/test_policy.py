@@ -84,7 +84,7 @@ def test_the_same_run_under_another_name_is_refused_with_its_numbers(ledger: Led
         POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="s")
     spent = ledger.spent(1e-5).upper
     for metric in (
-        f"asks for {format_upper_bound(COST)}; {format_upper_bound(spent)} of {POLICY.max_epsilon:g} is already spent",
+        f"requests {format_upper_bound(COST)}; {format_upper_bound(spent)} of {POLICY.max_epsilon:g} is already spent",
         "every epsilon here at delta 1e-5, per photo for life",
     ):
         assert metric in str(refusal.value)
@@ -103,7 +103,7 @@ def test_recording_stops_at_the_budget_even_if_two_runs_were_admitted(ledger: Le
 def test_an_epsilon_of_the_server_is_ignored(ledger: Ledger) -> None:
     """A plan that claims epsilon 0.001 with hardly any noise has the cost of its noise."""
     liar = Plan(privacy=PrivacyTarget(epsilon=0.001, delta=1e-5), schedule=SCHEDULE, noise_multiplier=0.3)
-    with pytest.raises(PolicyRefusal, match="asks for epsilon"):
+    with pytest.raises(PolicyRefusal, match="requests epsilon"):
         POLICY.admit(liar, Purpose(3, "homomorphic", "generator"), ledger)
 
 
@@ -222,14 +222,14 @@ def test_a_typo_is_reported_with_its_line(line: str, words: str) -> None:
 def test_from_the_day_after_the_last_nothing_is_allowed(ledger: Ledger) -> None:
     """Neither a new run nor another round of an old one, nor a stored reply."""
     policy, here = replace(POLICY, expires="2027-01-31"), Noon()
-    policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=here)
-    policy.record(TERMS, ledger, run="r", round=1, surroundings=here)
+    policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, environment=here)
+    policy.record(TERMS, ledger, run="r", round=1, environment=here)
     here.day = "2027-02-01"
     with pytest.raises(PolicyRefusal, match="has ended"):
-        policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=here)
+        policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, environment=here)
     for round in (1, 2):
         with pytest.raises(PolicyRefusal, match="has ended"):
-            policy.record(TERMS, ledger, run="r", round=round, surroundings=here)
+            policy.record(TERMS, ledger, run="r", round=round, environment=here)
     assert len(ledger.entries()) == 1
 
 
@@ -260,7 +260,7 @@ def test_a_policy_per_photo_charges_the_cost_of_replacing_a_library(ledger: Ledg
     """One photo more or less changes the content of the library."""
     trusting = replace(POLICY, trust_server=True, max_epsilon=5.0)
     dearer = epsilon_of(replace_one_event(per("library", 3.0).event()), 1e-5).upper
-    with pytest.raises(PolicyRefusal, match=f"asks for {format_upper_bound(dearer)}"):
+    with pytest.raises(PolicyRefusal, match=f"requests {format_upper_bound(dearer)}"):
         trusting.admit(per("library", 3.0), Purpose(3, "homomorphic", "generator"), ledger)
     willing = replace(trusting, max_epsilon=dearer + 1e-6)
     willing.record(per("library", 3.0), ledger, run="r", round=1)
@@ -317,7 +317,7 @@ def test_a_period_pauses_a_run_and_lets_it_continue(tmp_path: Path) -> None:
         )  # asked once more
         if round == 4:
             break
-        with pytest.raises(PolicyRefusal, match="in any 7 days.*Ask again later"):
+        with pytest.raises(PolicyRefusal, match="in any 7 days.*Try again later"):
             policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round + 1)
         with pytest.raises(PolicyRefusal, match="in any 7 days"):
             policy.record(TERMS, ledger, run="r", round=round + 1)
@@ -331,12 +331,12 @@ def test_the_server_gets_one_sentence_about_hours_and_power(ledger: Ledger) -> N
     heard = set()
     for held, private in ((policy, "it is 12:00"), (replace(policy, hours=()), "the battery is at 37%")):
         with pytest.raises(ConditionsNotMet) as refusal:
-            held.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=Noon())
+            held.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, environment=Noon())
         assert private in refusal.value.private
         heard.add(str(refusal.value))
     assert heard == {NOT_NOW_MESSAGE}
     replace(policy, hours=()).admit(
-        TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=Noon(mains=True)
+        TERMS, Purpose(3, "homomorphic", "generator"), ledger, environment=Noon(mains=True)
     )
 
 
@@ -350,14 +350,14 @@ def test_reasons_are_ordered_to_reveal_least(ledger: Ledger) -> None:
         ("2 devices", replace(strict, expires=None)),
         ("guarantee is per photo", replace(strict, expires=None, min_cohort_size=2)),
         ("conditions do not hold", replace(strict, expires=None, min_cohort_size=2, unit="photo")),
-        ("asks for epsilon", replace(strict, expires=None, min_cohort_size=2, unit="photo", hours=())),
+        ("requests epsilon", replace(strict, expires=None, min_cohort_size=2, unit="photo", hours=())),
     ]
     for words, policy in steps:
         with pytest.raises(PolicyRefusal, match=words):
-            policy.admit(TERMS, Purpose(2, "homomorphic", "generator"), ledger, surroundings=Noon())
+            policy.admit(TERMS, Purpose(2, "homomorphic", "generator"), ledger, environment=Noon())
 
 
-def test_every_epsilon_of_a_policy_in_words_has_its_delta_unit_and_period() -> None:
+def test_every_epsilon_in_the_description_of_a_policy_has_its_delta_unit_and_period() -> None:
     policy = replace(
         POLICY, periods=(Period(days=7, epsilon=0.5),), allow_no_dp=True, exclude_folders=(Path("Private"),)
     )
@@ -407,12 +407,12 @@ def test_an_expired_policy_reports_its_date() -> None:
 def test_an_overspent_budget_reports_by_how_much() -> None:
     """Nothing is left of a budget used up to the last bit; a period frees up again."""
     life, week = Budget(epsilon=8, delta=1e-4), Budget(epsilon=1, delta=1e-4, days=7)
-    assert overspending(7.9, life, unpromised=False) is None
-    assert overspending(10.0, life, unpromised=False) == (
-        "nothing is left: everything will be refused; over by epsilon at most 2.000 at delta 1e-4 per photo"
+    assert overspending(7.9, life, no_dp_allowed=False) is None
+    assert overspending(10.0, life, no_dp_allowed=False) == (
+        "nothing remains: everything will be refused; over by epsilon at most 2.000 at delta 1e-4 per photo"
     )
-    assert "every run with noise will be refused until" in str(overspending(1.5, week, unpromised=True))
-    assert "over without a bound" in str(overspending(float("inf"), life, unpromised=False))
+    assert "every run with noise will be refused until" in str(overspending(1.5, week, no_dp_allowed=True))
+    assert "over without a bound" in str(overspending(float("inf"), life, no_dp_allowed=False))
 
 
 def test_a_policy_is_described_in_grammatical_sentences() -> None:
@@ -447,12 +447,12 @@ def test_the_load_of_a_computation_is_not_an_answer(ledger: Ledger) -> None:
         def now(self) -> datetime:
             return now
 
-    book = Ledger.open(ledger._chain.path.with_name("other.db"), now=lambda: now)
+    record_run = Ledger.open(ledger._chain.path.with_name("other.db"), now=lambda: now)
     policy = replace(POLICY, max_load=0.5)
-    entry = policy.record(TERMS, book, run="r", round=1, surroundings=Machine())
-    book.record_attempt("r", 1, attempt=entry.attempt)
+    entry = policy.record(TERMS, record_run, run="r", round=1, environment=Machine())
+    record_run.record_attempt("r", 1, attempt=entry.attempt)
     for run in ("r", "costs too much"):
         with pytest.raises(ConditionsNotMet):
-            policy.admit(TERMS, PURPOSE, book, run=run, round=2, surroundings=Machine())
+            policy.admit(TERMS, PURPOSE, record_run, run=run, round=2, environment=Machine())
     now += timedelta(minutes=16)
-    policy.admit(TERMS, PURPOSE, book, run="r", round=2, surroundings=Machine())
+    policy.admit(TERMS, PURPOSE, record_run, run="r", round=2, environment=Machine())

@@ -203,7 +203,7 @@ def test_a_run_alone_is_admitted_by_its_distribution_and_leaves_no_room(tmp_path
         ledger.record_round(run("other", 9999.0, 0.01, 1), budget)
 
 
-def test_a_run_is_what_it_was_booked_as(tmp_path: Path) -> None:
+def test_a_run_is_what_it_was_recorded_as(tmp_path: Path) -> None:
     """More rounds, less noise, another rate or metrics that were not announced are a new run."""
     ledger, budget = Ledger.open(tmp_path / "ledger.sqlite"), [Budget(epsilon=50.0, delta=DELTA)]
     ledger.record_round(run("family", 1.0, 0.1, 4, rounds=3), budget)

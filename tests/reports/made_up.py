@@ -165,7 +165,7 @@ def made_up_run(folder: Path) -> RunRecord:
     answered = tuple(f"device-{index}" for index in range(1, 9))
     refusal = RefusalRecord(
         device="device-8",
-        reason="this run asks for epsilon 8.00; 5.10 of 10.00 is already spent.",
+        reason="this run requests epsilon 8.00; 5.10 of 10.00 is already spent.",
     )
     silent = RefusalRecord(device="device-3", reason="no answer within 60 s.")
     rounds = tuple(

@@ -9,7 +9,7 @@ import pytest
 from fedface.measurements import Interval, NotMeasured
 from fedface.reports.comparison_report import over_seeds
 
-NOTHING = NotMeasured(not_measured="wants 40 faces")
+NOTHING = NotMeasured(not_measured="needs 40 faces")
 
 
 def run(estimate: float, half: float = 0.1) -> Interval:

@@ -83,7 +83,7 @@ def test_the_budget_is_used_up_and_the_next_run_continues_without_the_device(
     assert [len(record.participants) for record in first.rounds] == [2, 2]
     assert [record.participants for record in second.rounds] == [("device-01",), ("device-01",)]
     reason = second.rounds[0].refusals[0].reason
-    for words in ("asks for epsilon", "of 8 ", "already spent", "delta 0.001", "per photo"):
+    for words in ("requests epsilon", "of 8 ", "already spent", "delta 0.001", "per photo"):
         assert words in reason
     for run, number in (("first", "00"), ("second", "00"), ("second", "01")):
         ledger = Ledger.open(devices_folder(tmp_path / run) / f"device-{number}" / "ledger.sqlite")
@@ -111,9 +111,9 @@ def forged(task: TrainTask, **changes: object) -> TrainTask:
 @pytest.mark.parametrize(
     ("changes", "answer"),
     [
-        ({"config__dp__noise_multiplier": 0.01}, "asks for epsilon"),  # a whisper of noise
-        ({"config__dp__noise_multiplier": 0.0}, "asks for epsilon inf"),
-        ({"config__dp__schedule__rounds": 100_000, "config__training__rounds": 100_000}, "asks for epsilon"),
+        ({"config__dp__noise_multiplier": 0.01}, "requests epsilon"),  # a whisper of noise
+        ({"config__dp__noise_multiplier": 0.0}, "requests epsilon inf"),
+        ({"config__dp__schedule__rounds": 100_000, "config__training__rounds": 100_000}, "requests epsilon"),
         ({"config__dp__unit": "library"}, "does not trust"),  # "the server adds the noise"
         ({"cohort": 1}, "only among 2 or more"),
     ],
@@ -154,13 +154,13 @@ def test_a_policy_per_occasion_refuses_a_guarantee_per_photo(experiment: Experim
 def test_a_run_of_the_same_name_with_other_parameters_is_refused(
     experiment: Experiment, device: Device
 ) -> None:
-    """A run is what it was booked as; a round is not computed again for other parameters under its old name."""
+    """A run is what it was recorded as; a round is not computed again for other parameters under its old name."""
     handle_task(ask(experiment, "run", 1), device)
     rich = replace(device, policy=replace(device.policy, max_epsilon=1000.0))
     louder = DPParameters(schedule=experiment.training.schedule(), noise_multiplier=50.0)
     task = ask(experiment, "run", 1)
     reply = handle_task(replace(task, config=replace(task.config, dp=louder)), rich)
-    assert isinstance(reply, Refusal) and "was booked with other noise" in reply.reason
+    assert isinstance(reply, Refusal) and "was recorded with other noise" in reply.reason
 
 
 # A ledger is rolled back.
