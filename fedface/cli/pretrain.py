@@ -41,14 +41,8 @@ def pretrain_gan_command(
     from fedface.training.pretrain_gan import GanPretrainConfig, pretrain_gan
 
     check_place(out)
-    full = GanPretrainConfig()
-    config = GanPretrainConfig(
-        seed=seed,
-        light_fraction=light_fraction,
-        pool=max(64, round(full.pool * step_fraction)),
-        paired_steps=max(1, round(full.paired_steps * step_fraction)),
-        adversarial_steps=max(1, round(full.adversarial_steps * step_fraction)),
-    )
+    full = GanPretrainConfig(seed=seed, light_fraction=light_fraction)
+    config = _scaled(full, step_fraction, "paired_steps", "adversarial_steps")
     with _report() as report:
         gan = pretrain_gan(config, report)
     _write(out, gan)
@@ -66,18 +60,12 @@ def pretrain_flow_command(
     from fedface.models.checkpoint import check_place
     from fedface.training.pretrain_flow import FlowPretrainConfig, pretrain_flow
 
-    full = FlowPretrainConfig()
+    full = FlowPretrainConfig(seed=seed, light_fraction=light_fraction)
     if size not in (16, 32, 64):
         raise ConfigError(f"--size must be 16, 32 or 64, got {size}")
     check_place(out)
-    config = replace(
-        full,
-        seed=seed,
-        light_fraction=light_fraction,
-        pool=max(64, round(full.pool * step_fraction)),
-        steps=max(1, round(full.steps * step_fraction)),
-        flow=replace(full.flow, size=cast(Literal[16, 32, 64], size)),
-    )
+    flow_config = replace(full.flow, size=cast(Literal[16, 32, 64], size))
+    config = _scaled(replace(full, flow=flow_config), step_fraction, "steps")
     with _report() as report:
         flow = pretrain_flow(config, report)
     _write(out, flow)
@@ -94,32 +82,17 @@ def pretrain_encoder_command(
     import torch
 
     from fedface.codec import encode
-    from fedface.models.checkpoint import check_place, load_gan, load_model, weights_hash
+    from fedface.models.checkpoint import check_place, weights_hash
     from fedface.models.model import EncoderArchitecture, Model
-    from fedface.models.stylegan2 import StyleGAN2
     from fedface.training.pretrain_encoder import EncoderPretrainConfig, pretrain_encoder
 
     check_place(out)
-    full = EncoderPretrainConfig()
-    model = load_gan() if checkpoint is None else load_model(checkpoint)
-    if not isinstance(model.generator, StyleGAN2):
-        raise ConfigError(
-            f"{checkpoint}: expected a StyleGAN2 generator, got {model.architecture.description}"
-        )
-    generator = model.generator
-    if generator.config.classes:
-        raise ConfigError(
-            f"{checkpoint}: expected a generator without classes, got one with {generator.config.classes}; "
-            "an encoder outputs latents only"
-        )
-    config = replace(
-        full,
-        seed=seed,
-        # Only the bundled generator's latents are the parameters of synthetic faces.
-        pool=max(64, round(full.pool * step_fraction)) if checkpoint is None else 0,
-        steps=max(1, round(full.steps * step_fraction)),
-        encoder=replace(full.encoder, size=generator.size, latent_width=generator.latent_width),
-    )
+    generator = _unconditional_generator(checkpoint)
+    full = EncoderPretrainConfig(seed=seed)
+    encoder_config = replace(full.encoder, size=generator.size, latent_width=generator.latent_width)
+    config = _scaled(replace(full, encoder=encoder_config), step_fraction, "steps")
+    if checkpoint is not None:  # only the bundled generator's latents are the parameters of synthetic faces
+        config = replace(config, pool=0)
     started = time.monotonic()
     with _report() as report:
         encoder = pretrain_encoder(generator, config, report)
@@ -142,18 +115,12 @@ def pretrain_style_encoder_command(
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
     """Train the style encoder: a low-resolution photo to the styles of a generator, in one forward pass."""
-    from fedface.models.checkpoint import check_place, load_gan, load_model
+    from fedface.models.checkpoint import check_place
     from fedface.models.style_encoder import StyleEncoderNetworkConfig
-    from fedface.models.stylegan2 import StyleGAN2
     from fedface.training.pretrain_upsampler import UpsamplerPretrainConfig, pretrain_style_encoder
 
     check_place(out)
-    model = load_gan() if checkpoint is None else load_model(checkpoint)
-    generator = model.generator
-    if not isinstance(generator, StyleGAN2) or generator.config.classes:
-        raise ConfigError(
-            f"{checkpoint}: expected a StyleGAN2 generator without classes, got {model.architecture.description}"
-        )
+    generator = _unconditional_generator(checkpoint)
     shape = StyleEncoderNetworkConfig(
         side=generator.size // 2,
         style_inputs=generator.style_inputs,
@@ -161,7 +128,7 @@ def pretrain_style_encoder_command(
     )
     with _report() as report:
         styled = pretrain_style_encoder(
-            generator, _scaled_steps(UpsamplerPretrainConfig(seed=seed), step_fraction), shape, report
+            generator, _scaled(UpsamplerPretrainConfig(seed=seed), step_fraction, "steps"), shape, report
         )
     _write(out, styled)
 
@@ -183,17 +150,30 @@ def pretrain_super_resolution_command(
     check_place(out)
     if size not in (16, 32, 64, 128, 256):
         raise ConfigError(f"--size must be a power of two from 16 to 256, got {size}")
-    config = _scaled_steps(UpsamplerPretrainConfig(seed=seed), step_fraction)
+    config = _scaled(UpsamplerPretrainConfig(seed=seed), step_fraction, "steps")
     with _report() as report:
         resolved = pretrain_super_resolution(config, SuperResolutionNetworkConfig(side=size // 2), report)
     _write(out, resolved)
 
 
-def _scaled_steps(full: Any, fraction: float) -> Any:
-    """A pretraining configuration with this fraction of its steps and of its pool of faces."""
-    return replace(
-        full, pool=max(64, round(full.pool * fraction)), steps=max(1, round(full.steps * fraction))
-    )
+def _scaled(full: Any, fraction: float, *steps: str) -> Any:
+    """A pretraining configuration with this fraction of its pool of faces and of the named numbers of steps."""
+    counts = {name: max(1, round(getattr(full, name) * fraction)) for name in steps}
+    return replace(full, pool=max(64, round(full.pool * fraction)), **counts)
+
+
+def _unconditional_generator(checkpoint: Path | None) -> Any:
+    """The StyleGAN2 generator of a checkpoint, or the bundled one; raises ConfigError for one with classes."""
+    from fedface.models.checkpoint import load_gan, load_model
+    from fedface.models.stylegan2 import StyleGAN2
+
+    model = load_gan() if checkpoint is None else load_model(checkpoint)
+    generator = model.generator
+    classes = generator.config.classes if isinstance(generator, StyleGAN2) else 0
+    if classes or not isinstance(generator, StyleGAN2):
+        found = f"{model.architecture.description}{f' and {classes} classes' if classes else ''}"
+        raise ConfigError(f"{checkpoint}: expected a StyleGAN2 generator without classes, got {found}")
+    return generator
 
 
 @contextmanager

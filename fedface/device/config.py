@@ -41,9 +41,8 @@ class DeviceConfig:
     server: str = "the coordinator"  # HOST:PORT of the server, or its name in the log of a simulated device
     certificate: Path = Path("ca.crt")  # of the authority that signed the server's certificate
     node_key: Path = Path("node")  # private key by which the server recognises this device
-    witness: Path | None = (
-        None  # folder on another disk with the head of the ledger, to detect a rolled-back copy
-    )
+    # Folder on another disk with the head of the ledger, to detect a rolled-back copy
+    witness: Path | None = None
 
     # Replies leave at multiples of this time, in seconds, and take as long as those of a library of `max_photos`, so
     # that their time does not show how many photos were computed on (device/reply_time.py); 0: at once.

@@ -20,9 +20,8 @@ from fedface.errors import WeightsError
 from fedface.text import sanitize_text
 
 MAX_STEPS: Final = 300_000  # opcodes; a 1024 px generator twice and its discriminator take 60,000
-MAX_PARTS: Final = (
-    50_000  # entries of modules, a tensor counts as ten; a published checkpoint has about ten thousand
-)
+# Entries of modules, a tensor counts as ten; a published checkpoint has about ten thousand
+MAX_PARTS: Final = 50_000
 MAX_NAME: Final = 200  # characters of a dotted name; published ones have about forty
 _MAX_KEY: Final = 10_000  # numbers as keys: optimizers number their parameters
 

@@ -49,9 +49,8 @@ class SheetSettings:
     size: int  # of the faces in pixels
     faces: int  # faces from each method that can generate several
     max_faces: int  # faces of one photo, the largest first
-    detect: Literal["for faces", "at the whole"] = (
-        "for faces"  # whole: the picture is used as an aligned face
-    )
+    # Whole: the picture is used as an aligned face
+    detect: Literal["for faces", "at the whole"] = "for faces"
 
 
 @dataclass(frozen=True, kw_only=True)

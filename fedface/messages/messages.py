@@ -104,9 +104,8 @@ class TrainTask:
     cohort: Count  # how many devices are asked, according to the server
     seed: Seed  # of reproducible streams: latents of generated images, low-rank directions
     config: RoundConfig
-    evaluation_dp: DPParameters | None = (
-        None  # of the metrics that the same run asks for; None: it asks for none
-    )
+    # Of the metrics that the same run requests; None: it requests none
+    evaluation_dp: DPParameters | None = None
     weights: Vector  # of all networks of the model, flat (d,)
     buffers: Vector  # noise maps and mean style, flat; empty for a flow
     model: Name  # hash of the weights, for the ledger

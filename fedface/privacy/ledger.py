@@ -119,9 +119,8 @@ class Ledger:
         self._chain = chain
         self._now = now
         self._decoded: dict[str, LedgerRecord] = {}  # by digest, hence never stale
-        self._indexed: list[
-            Record
-        ] = []  # the chain's verified records, of which the first `_count` are in `_charges`
+        # The chain's verified records, of which the first `_count` are in `_charges`
+        self._indexed: list[Record] = []
         self._count = 0
         self._charges: list[Charge] = []
         self._activity: Activity = {}

@@ -178,9 +178,8 @@ class TransmissionInfo:
     kind: TransmissionKind
     receiver: str  # where it goes: the server's address
     protection: str  # noise, encryption and unit, in words for the owner
-    entry: int | None = (
-        None  # number of the LedgerEntry that covers it; None where it contains nothing of a photo
-    )
+    # Number of the LedgerEntry that covers it; None where it contains nothing of a photo
+    entry: int | None = None
     reason: str = ""  # why a refusal was given
 
     def __post_init__(self) -> None:

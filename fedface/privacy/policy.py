@@ -81,9 +81,8 @@ class DevicePolicy:
     trust_server: bool = False  # may runs take part whose noise the server adds?
     allow_no_dp: bool = False  # may runs without noise use these photos?
     folders: tuple[Path, ...] = ()  # below the photos: only these may be used; none named: all
-    exclude_folders: tuple[
-        Path, ...
-    ] = ()  # below the photos: these may not be used, also where `folders` holds them
+    # Below the photos: these may not be used, also where `folders` holds them
+    exclude_folders: tuple[Path, ...] = ()
     hours: tuple[str, ...] = ()  # such as "22:00-07:00", local time; none: at any time
     require_ac_power: bool = False  # only when plugged in?
     min_battery: float = 0.0  # off the mains only with this share of charge, 0 to 1

@@ -39,9 +39,8 @@ class PrivacyTarget:
     epsilon: Annotated[float, Above(0, "; without a bound on epsilon the kind is no-privacy")]
     delta: Delta  # choose well below 1 / number of units
     unit: Unit = "photo"  # what the guarantee covers
-    trust: Literal["nobody", "server"] = (
-        "nobody"  # who is trusted with updates without noise, see `DPParameters`
-    )
+    # Who is trusted with updates without noise, see `DPParameters`
+    trust: Literal["nobody", "server"] = "nobody"
 
     def __post_init__(self) -> None:
         if self.unit == "library" and self.trust != "server":

@@ -112,9 +112,8 @@ class DeviceLog:
     run: str | None  # only the records of this run; None: all runs
     records: tuple[LoggedRecord, ...]  # oldest first
     history: tuple[LedgerRecord, ...]  # every record of the whole ledger, oldest first
-    budgets: tuple[
-        BudgetStatus, ...
-    ]  # of the policy, for all runs together; the first is the lifetime budget
+    # Of the policy, for all runs together; the first is the lifetime budget
+    budgets: tuple[BudgetStatus, ...]
     unsent: tuple[LedgerEntry, ...]  # recorded releases without a transmission
     withdrawn: Mapping[str, str]  # runs that the owner withdrew from -> UTC time, ISO 8601
     head: str  # digest of the ledger's newest record
