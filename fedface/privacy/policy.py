@@ -76,7 +76,7 @@ class DevicePolicy:
     periods: tuple[Period, ...] = ()  # further budgets, for any so many days
     objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
     evaluation: bool = False  # may this device compute metrics on its photos, with noise?
-    protocols: tuple[str, ...] = ("homomorphic",)  # how updates may travel
+    protocols: tuple[str, ...] = ("homomorphic",)  # how updates may be sent
     min_cohort_size: Annotated[int, AtLeast(1)] = 2  # fewest devices whose updates are summed
     trust_server: bool = False  # may runs take part whose noise the server adds?
     allow_no_dp: bool = False  # may runs without noise use these photos?

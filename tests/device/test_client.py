@@ -219,8 +219,8 @@ def test_three_killed_computations_are_free_and_a_fourth_is_recorded(device: Dev
 @pytest.mark.parametrize(
     ("stricter", "words"),
     [
-        ({"protocols": ("homomorphic",)}, "send updates"),
-        ({"objectives": ()}, "to train"),
+        ({"protocols": ("homomorphic",)}, "requests updates as"),
+        ({"objectives": ()}, "requests training of"),
         ({"min_cohort_size": 5}, "only among 5"),
         ({"expires": "2020-01-01"}, "ended"),
     ],
@@ -326,7 +326,7 @@ def test_the_last_affordable_round_is_answered_and_the_next_is_not(
     [
         ({"protocols": ("homomorphic",)}, 2, 'requests updates as "plain"; this device allows homomorphic'),
         ({"min_cohort_size": 3}, 2, "sums 2 devices; this device takes part only among 3 or more"),
-        ({"objectives": ("upsampler",)}, 2, 'asks to train "generator"; this device allows upsampler'),
+        ({"objectives": ("upsampler",)}, 2, 'requests training of "generator"; this device allows upsampler'),
     ],
 )
 def test_what_the_owner_did_not_allow_is_refused(

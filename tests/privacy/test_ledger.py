@@ -64,7 +64,9 @@ def test_a_record_survives_closing_and_opening(ledger: Ledger, tmp_path: Path) -
     assert again.is_recorded("r", 0) and not again.is_recorded("r", 1) and not again.is_recorded("s", 0)
 
 
-def test_an_answered_round_is_recorded_once_and_gives_the_same_bytes(ledger: Ledger, tmp_path: Path) -> None:
+def test_a_round_with_a_reply_is_recorded_once_and_gives_the_same_bytes(
+    ledger: Ledger, tmp_path: Path
+) -> None:
     first = ledger.record(EVENT, run="r", round=0)
     ledger.store_reply("r", 0, b"payload")
     again = Ledger.open(file_of(tmp_path))
@@ -73,7 +75,7 @@ def test_an_answered_round_is_recorded_once_and_gives_the_same_bytes(ledger: Led
     assert len(again.entries()) == 1
 
 
-def test_an_unanswered_round_is_recorded_once(ledger: Ledger) -> None:
+def test_a_round_without_a_reply_is_recorded_once(ledger: Ledger) -> None:
     """A reply is stored before it is sent: without one nothing left, and there is nothing more to record."""
     limit = Budget(epsilon=cost_of(1), delta=DELTA)
     first = record_run(ledger, [limit])
@@ -81,7 +83,7 @@ def test_an_unanswered_round_is_recorded_once(ledger: Ledger) -> None:
     assert len(ledger.entries()) == 1
 
 
-def test_an_unanswered_round_is_recorded_again_for_another_release(ledger: Ledger) -> None:
+def test_a_round_without_a_reply_is_recorded_again_for_another_release(ledger: Ledger) -> None:
     """The record of one model does not cover another."""
     ledger.record(EVENT, run="r", round=0, metadata={"model": "abc"})
     second = ledger.record(EVENT, run="r", round=0, metadata={"model": "xyz"})
@@ -107,20 +109,20 @@ def test_one_record_covers_one_of_two_concurrent_replies(ledger: Ledger) -> None
     ledger.record(EVENT, run="r", round=8)
     ledger.store_reply("r", 8, b"next")
     assert ledger.record(EVENT, run="r", round=7, metadata={"model": "xyz"}).attempt == 2
-    with pytest.raises(LedgerError, match="answered already"):
+    with pytest.raises(LedgerError, match="has a reply already"):
         ledger.store_reply("r", 7, b"second", attempt=costly.attempt)
     ledger.store_reply("r", 7, b"paid", attempt=2)
     assert ledger.load_reply("r", 7) == b"paid"
 
 
-def test_an_answered_round_cannot_be_reused_for_another_task(ledger: Ledger) -> None:
+def test_a_round_with_a_reply_cannot_be_reused_for_another_task(ledger: Ledger) -> None:
     ledger.record(EVENT, run="r", round=0, metadata={"model": "abc"})
     ledger.store_reply("r", 0, b"payload")
     with pytest.raises(LedgerError, match="different release"):
         ledger.record(dp.GaussianDpEvent(1.0), run="r", round=0, metadata={"model": "abc"})
     with pytest.raises(LedgerError, match="different release"):
         ledger.record(EVENT, run="r", round=0, metadata={"model": "xyz"})
-    with pytest.raises(LedgerError, match="answered already"):
+    with pytest.raises(LedgerError, match="has a reply already"):
         ledger.store_reply("r", 0, b"another payload")
 
 

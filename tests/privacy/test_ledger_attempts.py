@@ -89,7 +89,7 @@ def test_a_request_without_an_attempt_is_free(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("tries", [1, 3])
-def test_a_round_answered_after_interruptions_is_resent(ledger: Ledger, tries: int) -> None:
+def test_a_round_with_a_reply_after_interruptions_is_resent(ledger: Ledger, tries: int) -> None:
     """The first or the last of its computations replied: nothing more is recorded."""
     for _ in range(tries):
         attempt = killed(ledger)
@@ -97,7 +97,7 @@ def test_a_round_answered_after_interruptions_is_resent(ledger: Ledger, tries: i
     for _ in range(5):
         assert record_run(ledger, [limit_for(1)], run="r", round=1).attempt == 1
         assert ledger.load_reply("r", 1) == b"payload"
-    with pytest.raises(LedgerError, match="answered already"):
+    with pytest.raises(LedgerError, match="has a reply already"):
         ledger.record_attempt("r", 1, attempt=1)
     assert len(ledger.entries()) == 1
 
@@ -108,7 +108,7 @@ def test_a_new_record_has_its_own_attempts_and_one_reply(ledger: Ledger) -> None
         attempt = killed(ledger)
     ledger.store_reply("r", 1, b"payload", attempt=attempt)
     assert ledger.load_reply("r", 1) == b"payload"
-    with pytest.raises(LedgerError, match="answered already"):
+    with pytest.raises(LedgerError, match="has a reply already"):
         ledger.store_reply("r", 1, b"late", attempt=1)
 
 

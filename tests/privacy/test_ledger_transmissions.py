@@ -97,7 +97,7 @@ def test_records_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
     ("change", "words"),
     [
         ({"entry": 7}, "entry 7 of the ledger does not cover round 1 of r"),
-        ({"entry": 2}, "entry 2 of the ledger did not pay"),  # the record of the answer
+        ({"entry": 2}, "entry 2 of the ledger does not cover"),  # the record of the reply
         ({"round": 2}, "does not cover round 2 of r"),
         ({"run": "s"}, "does not cover round 1 of s"),
     ],
@@ -114,10 +114,10 @@ def test_an_entry_covers_only_the_stored_reply(ledger: Ledger) -> None:
     """Neither before there is one, nor for different bytes."""
     entry = ledger.record(EVENT, run="r", round=1)
     update = replace(UPDATE, entry=entry.number)
-    with pytest.raises(LedgerError, match="was another reply than this payload"):
+    with pytest.raises(LedgerError, match="has another reply than this payload"):
         ledger.record_transmission(b"payload", update)
     ledger.store_reply("r", 1, b"payload")
-    with pytest.raises(LedgerError, match="was another reply than this payload"):
+    with pytest.raises(LedgerError, match="has another reply than this payload"):
         ledger.record_transmission(b"another", update)
     assert ledger.record_transmission(b"payload", update).number == 3
 

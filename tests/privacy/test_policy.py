@@ -111,8 +111,8 @@ def test_an_epsilon_of_the_server_is_ignored(ledger: Ledger) -> None:
     ("cohort", "protocol", "objective", "reason"),
     [
         (2, "homomorphic", "generator", "only among 3 or more"),
-        (3, "plain", "generator", 'send updates "plain"'),
-        (3, "homomorphic", "celebrities", 'to train "celebrities"'),
+        (3, "plain", "generator", 'requests updates as "plain"'),
+        (3, "homomorphic", "celebrities", 'requests training of "celebrities"'),
         (3, "homomorphic", "evaluation", "evaluation metrics"),
     ],
 )
@@ -435,7 +435,7 @@ def test_unknown_protocols_are_refused() -> None:
     ):
         DevicePolicy(max_epsilon=1, delta=1e-6, protocols=("homomorfic",))
     none = DevicePolicy(max_epsilon=1, delta=1e-6, protocols=(), objectives=())
-    assert "updates may not travel at all: every run is refused" in none.describe()
+    assert "updates may not be sent at all: every run is refused" in none.describe()
     assert sum("is an empty list" in doubt for doubt in none.warnings()) == 2
 
 
