@@ -111,7 +111,7 @@ class AttackScores:
             return ""
         return (
             f"Gradient inversion was shortened to {done} of {FULL_ITERATIONS} iterations: what it did not recover is "
-            "no evidence that an update is safe."
+            "not evidence that an update is safe."
         )
 
 

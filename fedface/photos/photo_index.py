@@ -46,11 +46,6 @@ CREATE TABLE IF NOT EXISTS crop (
 CREATE TABLE IF NOT EXISTS scan (
     number INTEGER PRIMARY KEY, detector TEXT NOT NULL, finished INTEGER NOT NULL);
 """
-_COLUMNS = (
-    "path, bytes, changed, status, reason, kind, width, height, taken, latitude, longitude, camera, fingerprint,"
-    " faces, date_precision, content"
-)
-
 _FIELDS = (
     "path", "detector", "bytes", "changed", "scan", "status", "reason", "kind", "width", "height", "taken",
     "latitude", "longitude", "camera", "fingerprint", "face_count", "face_side", "faces", "date_precision",
@@ -154,6 +149,7 @@ class PhotoIndex:
                 f"the index {self.path} cannot be written: {cause.strerror or cause}"
             ) from cause
         with self._explained(), closing(sqlite3.connect(self.path, timeout=10.0)) as connection:
+            connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA secure_delete = ON")  # a deleted photo's crop is overwritten
             connection.execute("PRAGMA foreign_keys = ON")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -182,6 +178,7 @@ class PhotoIndex:
             self._explained(),
             closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True)) as connection,
         ):
+            connection.row_factory = sqlite3.Row
             if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
                 raise LibraryError(
                     f"the index {self.path} is of another version of fedface; run `fedface photos scan` again"
@@ -251,7 +248,7 @@ class ScanWriter:
     def without_crop(self, path: Path, size: int, min_face_side: float) -> PhotoRecord | None:
         """The record of a photo whose largest face is large enough, if no crop of that size is stored for it."""
         row = self._connection.execute(
-            f"SELECT {_COLUMNS} FROM photo WHERE path = ? AND detector = ? AND face_count > 0 AND face_side >= ?"
+            "SELECT * FROM photo WHERE path = ? AND detector = ? AND face_count > 0 AND face_side >= ?"
             " AND NOT EXISTS (SELECT * FROM crop WHERE crop.photo = photo.number AND crop.size = ?)",
             (os.fsencode(path), self._detector, min_face_side, size),
         ).fetchone()
@@ -294,7 +291,7 @@ def latest_detector(connection: sqlite3.Connection) -> str | None:
 
 def records(connection: sqlite3.Connection, detector: str) -> Iterator[PhotoRecord]:
     """All files in the order of their paths, one at a time."""
-    query = f"SELECT {_COLUMNS} FROM photo WHERE detector = ? ORDER BY path"
+    query = "SELECT * FROM photo WHERE detector = ? ORDER BY path"
     return (_record(row) for row in connection.execute(query, (detector,)))
 
 
@@ -302,32 +299,22 @@ def all_read(
     connection: sqlite3.Connection, detector: str
 ) -> tuple[np.ndarray, list[Path], list[PhotoSignature]]:
     """All photos that could be decoded, with a face or without, by path: row number, path, signature."""
-    query = (
-        "SELECT number, path, taken, latitude, longitude, fingerprint, date_precision, content FROM photo"
-        " WHERE detector = ? AND status = 'read' ORDER BY path"
-    )
+    query = "SELECT * FROM photo WHERE detector = ? AND status = 'read' ORDER BY path"
     rows, paths, signatures = [], [], []
-    for row, name, taken, latitude, longitude, fingerprint, precision, content in connection.execute(
-        query, (detector,)
-    ):
-        path = Path(os.fsdecode(name))
+    for row in connection.execute(query, (detector,)):
+        rows.append(row["number"])
+        paths.append(Path(os.fsdecode(row["path"])))
         signature = PhotoSignature(
-            folder=path.parent,
-            taken=datetime.fromisoformat(taken) if taken else None,
-            place=None if latitude is None else (latitude, longitude),
-            fingerprint=fingerprint,
-            date_precision=precision,
-            content=content,
-        )
-        rows.append(row)
-        paths.append(path)
+            folder=paths[-1].parent, taken=_taken(row), place=_place(row), fingerprint=row["fingerprint"],
+            date_precision=row["date_precision"], content=row["content"],
+        )  # fmt: skip
         signatures.append(signature)
     return np.array(rows, dtype=np.int64), paths, signatures
 
 
 def record_of(connection: sqlite3.Connection, row_number: int) -> PhotoRecord:
     """One file by its row number."""
-    row = connection.execute(f"SELECT {_COLUMNS} FROM photo WHERE number = ?", (row_number,)).fetchone()
+    row = connection.execute("SELECT * FROM photo WHERE number = ?", (row_number,)).fetchone()
     if row is None:
         raise LibraryError("a photo has left the library since it was opened; open the library again")
     return _record(row)
@@ -340,27 +327,26 @@ def stored_crop(connection: sqlite3.Connection, row_number: int, size: int) -> n
     return None if row is None else np.frombuffer(row[0], dtype=np.uint8).reshape(size, size, 3)
 
 
-def _record(row: tuple) -> PhotoRecord:
-    (
-        path, size, changed, status, reason, kind, width, height, taken, latitude, longitude, camera, fingerprint,
-        faces, precision, content,
-    ) = row  # fmt: skip
+_SAME = ("status", "reason", "kind", "width", "height", "camera", "fingerprint", "date_precision", "content")
+
+
+def _record(row: sqlite3.Row) -> PhotoRecord:
     return PhotoRecord(
-        path=Path(os.fsdecode(path)),
-        state=FileStamp(bytes=size, changed=changed),
-        status=status,
-        reason=reason,
-        kind=kind,
-        width=width,
-        height=height,
-        taken=datetime.fromisoformat(taken) if taken else None,
-        place=None if latitude is None else (latitude, longitude),
-        camera=camera,
-        fingerprint=fingerprint,
-        faces=tuple(_face(numbers) for numbers in json.loads(faces)),
-        date_precision=precision,
-        content=content,
+        path=Path(os.fsdecode(row["path"])),
+        state=FileStamp(bytes=row["bytes"], changed=row["changed"]),
+        taken=_taken(row),
+        place=_place(row),
+        faces=tuple(_face(numbers) for numbers in json.loads(row["faces"])),
+        **{name: row[name] for name in _SAME},
     )
+
+
+def _taken(row: sqlite3.Row) -> datetime | None:
+    return datetime.fromisoformat(row["taken"]) if row["taken"] else None
+
+
+def _place(row: sqlite3.Row) -> tuple[float, float] | None:
+    return None if row["latitude"] is None else (row["latitude"], row["longitude"])
 
 
 def _face(numbers: list[float]) -> Face:
