@@ -284,7 +284,6 @@ def measure_bias(
         truth: The originals, (n, 3, s, s) sRGB in [0, 1], aligned faces.
         groups: The group of each, n names.
         upsampled: The upsampler's results for the originals' low-resolution versions, in the same order.
-        rng: Draws the resamples.
         true_tone: The originals' tone where it is known (synthetic faces); otherwise it is measured from `truth`.
         expected: Groups that the report must mention even without a photo.
 

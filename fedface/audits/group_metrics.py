@@ -51,7 +51,6 @@ def mean_interval(values: ArrayLike, rng: np.random.Generator, *, resamples: int
 
     Args:
         values: One finite number per photo, (n,), n >= 2.
-        rng: Draws the resamples.
         resamples: How many, >= 100.
 
     Raises:
@@ -95,7 +94,6 @@ def metrics_by_group(
     Args:
         values: One finite number per photo, (n,).
         groups: Each photo's group, n names.
-        rng: Draws the resamples.
         expected: Groups that must appear, in this order, even without a photo; others follow as they come.
 
     Returns:
@@ -139,7 +137,6 @@ def gap_between(
         values: One finite number per photo, (n,).
         groups: Each photo's group, n names.
         cost: How badly each group is served; larger is worse. Groups that it does not name are left out.
-        rng: Of the simulation.
         rate: Whether the values are shares in [0, 1]; their spread is then taken with one success and one
             failure added (Agresti & Caffo 2000): a group without a failure is not certain to have none.
         draws: Simulated probes.

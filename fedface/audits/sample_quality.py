@@ -166,7 +166,6 @@ def quality(
         real_groups: n names, of labels or from `tone_groups`.
         generated: (m, 3, h, w), m >= 40; clamped to [0, 1].
         generated_groups: m names, from `tone_groups`: generated faces have no labels.
-        source: Which features.
         rng: Orders the faces before they are split into blocks and draws.
         k: Neighbours that a ball reaches to, 1 <= k <= 10.
 
@@ -361,7 +360,6 @@ def compare_streams(
     Args:
         real: Batches (b, 3, h, w) of at least two faces each, in random order; at least two batches.
         generated: The same. Batches are paired for the kernel distance as long as both last; all count for the other.
-        source: Which features.
 
     Raises:
         ValueError: fewer than two batches a side, or a batch of one face.

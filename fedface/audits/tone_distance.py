@@ -27,7 +27,6 @@ def tone_distance(
     Args:
         generated: One continuous Monk reading per face, (n,), n >= 2.
         true: Likewise (m,), m >= 2.
-        rng: Draws the resamples.
         resamples: How many, >= 100.
 
     Returns:

@@ -70,11 +70,7 @@ def collect_and_sum(
 
     Args:
         experiment: Gives the aggregation protocol and min_responses.
-        cohort: The devices.
-        members: Which of them to ask.
-        task: What to ask.
         length: d, how many numbers a reply holds.
-        on_progress: Called with how many have replied.
         on_withdrawal: Called with the members whose owners have withdrawn, and their names, before anything can fail.
 
     Raises:

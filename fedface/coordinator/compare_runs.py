@@ -72,8 +72,6 @@ def compare_runs(
         sweep: The runs.
         folder: For all of them, each in `runs/NAME`; started before or not.
         cohort_of: Makes the devices of one run.
-        progress: Receives the progress.
-        command: The command that reproduces the comparison.
         faces: Samples of each model, and faces on either side of the reference, >= 40.
 
     Returns:

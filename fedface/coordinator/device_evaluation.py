@@ -84,9 +84,6 @@ def request_metrics(
     Args:
         experiment: Gives the degradation, the upsampling method and the aggregation protocol.
         evaluation: The request.
-        cohort: The devices.
-        members: Which of them to ask.
-        on_progress: Called with how many have replied.
         on_withdrawal: Called with the members whose owners have withdrawn, and their names.
 
     Raises:

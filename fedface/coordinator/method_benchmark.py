@@ -53,8 +53,6 @@ def benchmark_methods(
         downscale: The degradation of the photos, which every search inverts.
         faces_per_photo: Faces per photo, >= 1; deterministic methods give one.
         seed: Of starting points, samples and bootstrap resamples.
-        progress: Receives the progress.
-        command: The command that reproduces the benchmark.
 
     Returns:
         The record, and images by name, PNG.

@@ -99,10 +99,7 @@ def run_ranking(
     Args:
         experiment: Of `experiment.for_ranking`.
         models: Of `load_candidates`.
-        cohort: The devices.
         folder: Of the ranking; finished evaluations in it are reused.
-        progress: Receives the progress.
-        command: The command that reproduces the ranking.
 
     Raises:
         FederationError: Too few usable replies; the ranking can be resumed.

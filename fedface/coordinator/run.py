@@ -119,11 +119,7 @@ def run_experiment(
     """Run or continue an experiment to its end in a folder of `initialize_run`.
 
     Args:
-        experiment: The same as in the folder.
-        cohort: The devices.
         folder: The run's folder; its name is the run's name.
-        progress: Receives the progress.
-        command: The command that reproduces the run.
 
     Returns:
         The record; `run.json`, `report.html`, `model-card.md` and the images are in the folder.

@@ -65,7 +65,6 @@ class ReferenceSet:
         """A generator's samples, or an upsampler's outputs for degraded faces, clamped to [0, 1].
 
         Args:
-            model: Of any architecture.
             count: How many; an upsampler gives at most one for each face of `inputs`.
             rng: For a generator's latents.
         """

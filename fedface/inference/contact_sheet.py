@@ -102,7 +102,6 @@ class MethodRunner:
             methods: Each with the checkpoint that it needs, see `upsampling.methods.pair_with_models`.
             degradation: The degradation of the inputs.
             size: Side of the faces in pixels.
-            seed: Of starting points and samples.
             progress: Called with steps done and steps in all of one photo, a thousand for each method.
 
         Raises:

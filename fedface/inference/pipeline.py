@@ -145,13 +145,9 @@ def run_pipeline(
     """Yield each photo with the records of its sheets, or why it was skipped; sheets are written before the next photo.
 
     Args:
-        photos: Files.
         place: The path of the sheet for a photo and a person's number.
-        settings: For every photo.
-        runner: The methods.
         detector: Loads the detector on first use.
         tones: Of the generator's samples; None omits them.
-        progress: Receives the progress.
     """
     smallest = settings.degradation.low_side(settings.size)
     with SandboxedDecoder(longest_side=LONGEST_SIDE) as reader:

@@ -51,7 +51,6 @@ def sample(
 
     Args:
         count: How many, >= 0.
-        rng: Where the latents are sampled from.
         psi: See `Generator.truncate`.
         batch: Images at once, >= 1; bounds the memory, does not change the result.
     """

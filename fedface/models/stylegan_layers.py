@@ -123,7 +123,6 @@ class Linear(nn.Module):
         gain: Factor of the weight when it is used, besides that of the equalised learning rate.
         lr_multiplier: Stored weights are divided by it, and learn slower by as much.
         bias_start: Initial value of every bias.
-        rng: Where the weights are sampled from.
     """
 
     def __init__(

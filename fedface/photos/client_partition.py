@@ -69,7 +69,6 @@ def partition(
     Args:
         labels: The group of each photo, n of them.
         devices: >= 1.
-        how: The rule.
         rng: Decides which photo of a group goes where.
 
     Returns:

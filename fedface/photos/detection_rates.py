@@ -51,7 +51,6 @@ def detection_rates(photos: Iterable[tuple[str, np.ndarray]], detector: Detector
 
     Args:
         photos: Group and upright sRGB pixels, uint8 (h, w, 3), of photos that each show a face.
-        detector: Any detector.
 
     Returns:
         One rate a group, in the order of names, and last the one of all photos together.
@@ -101,7 +100,6 @@ def measure_detection(
 
     Args:
         path: A labelled set (see `labelled_sets`).
-        detector: Any detector.
         labels: Columns of the set; the photos are balanced over all their combinations.
         per_cell: Only the first so many photos of each combination.
 

@@ -86,7 +86,6 @@ class PhotoLibrary:
         """Open the index that `scan_library` wrote.
 
         Args:
-            folder: The photo library.
             cache: The index file; by default `default_cache(folder)`.
             detector: The name of the detector whose faces to use; by default the latest scan's.
             selection: Which photos to use; by default all of them.

@@ -38,7 +38,6 @@ def walk(folder: Path, skipped: Counter[str], depth: int = 0) -> Iterator[FoundF
     """Regular files below a folder, depth first, in no order.
 
     Args:
-        folder: Where to begin.
         skipped: Counts skipped files and folders by reason; a folder counts as one.
         depth: How deep `folder` lies below the first one.
     """

@@ -206,7 +206,6 @@ class Chain:
             path: The file; it and its head become readable by their owner alone, as does a folder created for them.
             witness: A folder outside the chain's own, which several chains may share; None for the one that the
                 head names, if it names one.
-            now: The clock.
             tables: SQL of tables in the same file, unchained, for a new file.
 
         Raises:

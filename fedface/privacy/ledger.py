@@ -409,8 +409,6 @@ class Ledger:
         """Record that a recorded release is computed now; on disk when this returns, then open the photos.
 
         Args:
-            run: Which run requested it.
-            round: Which round.
             attempt: Of the entry that covers it, as `record` returned it.
 
         Raises:
@@ -435,8 +433,6 @@ class Ledger:
         Each entry covers one reply: of two computations that ran side by side, only the first is stored.
 
         Args:
-            run: Which run requested it.
-            round: Which round.
             body: What may be sent once this returns.
             attempt: Of the entry that covers it, as `record` returned it; the latest if None.
 

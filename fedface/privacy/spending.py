@@ -81,7 +81,6 @@ def counted(
 
     Args:
         records: Runs and entries, and the other records if `activity` is None.
-        budget: The budget.
         now: The end of its period.
         activity: The latest record of each entry.
     """

@@ -175,9 +175,7 @@ def make_log(
     """Combine transmissions with their privacy costs.
 
     Args:
-        device: Its public name.
         policy: Gives the delta and unit of costs, and the budgets.
-        snapshot: The whole ledger.
         receiver: The server that the device is connected to.
         now: The end of periods.
         run: Only records of this run; budgets are always for all runs.

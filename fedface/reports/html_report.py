@@ -72,7 +72,6 @@ def render(record: RunRecord, folder: Path) -> str:
     """The page as HTML text.
 
     Args:
-        record: The run.
         folder: Contains the record's pictures; a missing one is named on the page.
     """
     environment = Environment(

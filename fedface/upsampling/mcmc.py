@@ -127,7 +127,6 @@ def gauss_newton(measured: ForwardModel, x: Tensor, rank: int, rng: torch.Genera
         measured: The generator; the photo plays no part.
         x: States to average over, (n, d), n >= 1.
         rank: Most directions, >= 1.
-        rng: Where the sketch is sampled from.
     """
     n, d = x.shape
     with torch.no_grad():
@@ -174,7 +173,6 @@ def hmc_step(
         s: Noise of the measurement at this level.
         step: Length of each leapfrog step, (n,), in posterior standard deviations.
         leapfrog_steps: How many, >= 1; 1 is Langevin.
-        rngs: Where momenta and decisions are sampled from.
     """
     momentum = rngs.normals(point.x.shape[1]).to(point.x)
     before = point.potential(s) + momentum.square().sum(dim=1) / 2
