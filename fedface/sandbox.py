@@ -59,9 +59,9 @@ def restrict(*, read: Iterable[Path], write: Iterable[Path], connect: Iterable[i
         OSError: The kernel offers Landlock and refuses a rule; then the process should not go on.
     """
     files, tcp, sockets = "files outside its own", "TCP connections", "UDP and other sockets"
-    wanted = (files,) if connect is None else (files, tcp, sockets)
+    requested = (files,) if connect is None else (files, tcp, sockets)
     if sys.platform != "linux":
-        return Restrictions(enforced=(), missing=("new privileges", *wanted))
+        return Restrictions(enforced=(), missing=("new privileges", *requested))
     libc = ctypes.CDLL(None, use_errno=True)
     _checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     abi = int(libc.syscall(CREATE_RULESET, None, 0, 1))  # below 1: no Landlock in this kernel
@@ -72,7 +72,7 @@ def restrict(*, read: Iterable[Path], write: Iterable[Path], connect: Iterable[i
         done += [files] if ports is None else [files, tcp]
     if connect is not None and platform.machine() in ARCHITECTURES:
         done += [sockets] if _only_tcp_sockets(libc) else []
-    return Restrictions(enforced=tuple(done), missing=tuple(each for each in wanted if each not in done))
+    return Restrictions(enforced=tuple(done), missing=tuple(each for each in requested if each not in done))
 
 
 def end_with_parent() -> None:

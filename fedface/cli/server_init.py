@@ -1,4 +1,4 @@
-"""The command `fedface server init`: certificates, a secret, and a reverse proxy that lets devices in and nobody else.
+"""The command `fedface server init`: certificates, a secret, and a reverse proxy that lets only devices in.
 
 SuperLink serves the devices (/v1/fleet/) and its operator (/v1/control/, without a password) at one port. So it listens
 on this machine alone, and nginx passes the devices' paths from outside. Certificates follow RFC 5280; the curve is NIST
