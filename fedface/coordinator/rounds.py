@@ -30,9 +30,10 @@ from fedface.models.checkpoint import (
 )
 from fedface.models.model import Model
 from fedface.number_format import format_delta, rounded_up
-from fedface.privacy.accounting import compose, epsilon_of
+from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy.releases import compose
 from fedface.randomness import Streams
 from fedface.reports.run_record import RoundRecord
 from fedface.training.training_methods import common_streams, prepare_round

@@ -1,34 +1,22 @@
 """What events cost: privacy loss distributions, and the noise that meets a privacy target.
 
 All prices are for neighbours that differ by adding or removing one unit; for others, adjacency.py finds the event to
-price. An event is first flattened to its leaves with
-counts, so that a thousand equal rounds cost one self-composition. The upper bound uses connect-the-dots (Doroshenko
-et al. 2022, arXiv:2207.04380), which dominates the true distribution; the lower bound rounds every loss down (Koskela
-et al. 2020, arXiv:1906.03049). The ceiling on reconstruction is that of Hayes et al. (2023), arXiv:2302.07225.
+price. The upper bound uses connect-the-dots (Doroshenko et al. 2022, arXiv:2207.04380), which dominates the true
+distribution; the lower bound rounds every loss down (Koskela et al. 2020, arXiv:1906.03049). More releases than
+Fourier transforms compose exactly enough have an upper bound by Rényi divergences instead. The ceiling on
+reconstruction is that of Hayes et al. (2023), arXiv:2302.07225.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from dp_accounting import (
-    ComposedDpEvent,
-    DpEvent,
-    GaussianDpEvent,
-    NeighboringRelation,
-    NonPrivateDpEvent,
-    NoOpDpEvent,
-    PoissonSampledDpEvent,
-    SelfComposedDpEvent,
-)
+from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import privacy_loss_distribution as pld
 from scipy.optimize import minimize_scalar
 
@@ -36,129 +24,28 @@ from fedface.errors import PrivacyError
 from fedface.measurements import Epsilon
 from fedface.number_format import format_delta
 from fedface.privacy.privacy_target import PrivacyTarget, check_delta
+from fedface.privacy.releases import Release, Releases, flatten_event
+from fedface.privacy.renyi_filter import epsilon_overhead, renyi_divergence
 from fedface.privacy_units import Unit
 
 ADJACENCY = "add or remove one"  # ADD_OR_REMOVE_ONE: the neighbouring relation of every price here
 
-SLACK = 1e-12  # covers truncated tails (1e-15 each) and the rounding of the Fourier transforms
+SLACK = 1e-12  # of delta: covers truncated tails (1e-15 each)
+# Of delta, for each release: Fourier coefficients, at most 1, are raised to the power of the count.
+ROUNDING = 2.0**-52
+MAX_CONVOLVED = 10**6  # sampled releases; more are priced by Rényi divergences
 MIN_GRID = 1e-4  # grid step of losses for long runs; the lower bound loses half a step per release
 MAX_GRID_SPAN = 8e-4  # grid step for short runs
 LARGEST_GRID = 2**19  # points of a composed loss grid
 LARGEST_ONE = 2**17  # points of one release's loss grid, which the library fills one by one
 MAX_GRID_STEP = 50.0  # what needs a wider grid (epsilon beyond 1e7) is priced as no noise at all
 COARSE = 8  # how much coarser the grid is while bracketing the noise
-MIN_NOISE_SCALE = 1e-3  # less noise than this (epsilon beyond 1e5) is priced as no noise at all
-MAX_RELEASES = 10**9
 MAX_NOISE_MULTIPLIER = 1e4  # of a plan and of a task
 # Noise multipliers and sampling rates are numbers of a public grid: a server cannot encode anything in them, and a
 # ledger holds few kinds of releases.
 GRID_DIGITS = 4
 _GRID_DECADE = 9 * 10 ** (GRID_DIGITS - 1)  # numbers between two powers of ten
 _GRID_DECADES = 6  # from 0.01 to MAX_NOISE_MULTIPLIER
-
-Kind = Literal["gaussian", "nonprivate", "swapped"]  # swapped: a sampled Gaussian in ReplaceOneDpEvent
-
-
-@dataclass(frozen=True, order=True)
-class Release:
-    """One elementary release. `q` is 1 for everyone for certain; `scale` is noise / sensitivity."""
-
-    kind: Kind
-    scale: float
-    q: float
-
-    def mean_loss_bound(self) -> float:
-        """An upper bound on the mean privacy loss of one release, in nats."""
-        whole, swapped = self.scale**-2, self.kind == "swapped"
-        convex = self.q * whole * (2.0 if swapped else 0.5)
-        if whole > 500.0:  # where exp would overflow
-            return convex
-        chi_squared = 4.0 * math.sinh(whole) / (1.0 - self.q) if swapped else math.expm1(whole)
-        return min(convex, math.log1p(self.q**2 * chi_squared))
-
-    def tail_bound(self) -> float:
-        """An upper bound on the loss of one release that matters, in nats."""
-        far = 0.5 * self.scale**-2 + 10.0 / self.scale
-        return far + min(far + self.scale**-2, -math.log1p(-self.q)) if self.kind == "swapped" else far
-
-
-Releases = tuple[tuple[Release, int], ...]  # sorted, so that equal bundles of releases are equal values
-
-
-@dataclass(frozen=True)
-class ReplaceOneDpEvent(DpEvent):  # type: ignore[misc]
-    """What an event releases about a unit that stays while its content changes; why it costs that: neighbours.py."""
-
-    event: DpEvent
-
-
-def compose(events: Iterable[DpEvent]) -> DpEvent:
-    """One event for everything that was released, in any order, each chosen knowing the ones before."""
-    return ComposedDpEvent(list(events))
-
-
-def _noisy(kind: Kind, scale: float) -> Release:
-    if not (math.isfinite(scale) and scale >= 0):
-        raise PrivacyError(f"a noise multiplier must be a finite number >= 0, got {scale}")
-    return Release(kind, float(scale), 1.0) if scale >= MIN_NOISE_SCALE else Release("nonprivate", 0.0, 1.0)
-
-
-def _replaced(leaf: Release) -> Release:
-    if leaf.kind == "swapped":
-        raise PrivacyError("no price is known for replacing what was replaced already")
-    if leaf.kind == "gaussian" and leaf.q < 1:
-        return Release("swapped", leaf.scale, leaf.q)
-    return leaf if leaf.kind == "nonprivate" else _noisy(leaf.kind, leaf.scale / 2.0)
-
-
-def _flatten(event: DpEvent, count: int, into: Counter[Release]) -> None:
-    match event:
-        case NoOpDpEvent():
-            return
-        case NonPrivateDpEvent():
-            into[Release("nonprivate", 0.0, 1.0)] += count
-        case GaussianDpEvent(noise_multiplier=sigma):
-            into[_noisy("gaussian", sigma)] += count
-        case ReplaceOneDpEvent(event=inner):
-            added: Counter[Release] = Counter()
-            _flatten(inner, count, added)
-            for leaf, times in added.items():
-                into[_replaced(leaf)] += times
-        case PoissonSampledDpEvent(sampling_probability=q, event=inner):
-            if not 0 <= q <= 1:
-                raise PrivacyError(f"a sampling rate must lie in [0, 1], got {q}")
-            sampled: Counter[Release] = Counter()
-            _flatten(inner, count, sampled)
-            if len(sampled) > 1 or any(leaf.q < 1 for leaf in sampled):
-                raise PrivacyError("only one release is priced per sample; sample each step by its own coins")
-            for leaf, times in sampled.items():
-                if times != count:
-                    raise PrivacyError("several releases on one sample are not priced; sample anew for each")
-                if q > 0:
-                    into[Release(leaf.kind, leaf.scale, float(q))] += times
-        case SelfComposedDpEvent(event=inner, count=times):
-            if times < 0:
-                raise PrivacyError(f"a release cannot happen {times} times")
-            if times > 0:
-                _flatten(inner, count * times, into)
-        case ComposedDpEvent(events=parts):
-            for part in parts:
-                _flatten(part, count, into)
-        case _:
-            raise PrivacyError(f"no price is known for a release of the kind {type(event).__name__}")
-
-
-def flatten_event(event: DpEvent) -> Releases:
-    """The elementary releases in an event and how often each happened.
-
-    Raises:
-        PrivacyError: The event holds something that this accountant cannot price.
-    """
-    counted: Counter[Release] = Counter()
-    _flatten(event, 1, counted)
-    if counted.total() > MAX_RELEASES:
-        raise PrivacyError(f"more than {MAX_RELEASES:.0e} releases are not priced, got {counted.total()}")
-    return tuple(sorted((leaf, count) for leaf, count in counted.items() if count > 0))
 
 
 def _is_private(leaves: Releases) -> bool:
@@ -205,6 +92,28 @@ def _merged(leaves: Releases) -> Releases:
     return tuple(sorted(rest))
 
 
+def _error(leaves: Releases) -> float:
+    """What rounding can change of delta in the composed distribution."""
+    return SLACK + ROUNDING * sum(count for leaf, count in leaves if leaf.q < 1)
+
+
+def _is_convolved(leaves: Releases, delta: float) -> bool:
+    """Whether Fourier transforms compose so many releases fast, and exactly enough for this delta."""
+    return _error(leaves) <= min(SLACK + ROUNDING * MAX_CONVOLVED, delta / 10)
+
+
+def _renyi_epsilon(leaves: Releases, delta: float) -> float:
+    """An upper bound by the Rényi divergence of the best order, however many releases there are."""
+
+    def epsilon(log_excess: float) -> float:  # valid at each order: a search can only end high
+        order = 1.0 + math.exp(log_excess)
+        total = sum(count * renyi_divergence(leaf, order) for leaf, count in leaves)
+        return total + epsilon_overhead(order, delta)
+
+    best = minimize_scalar(epsilon, bounds=(math.log(1e-3), math.log(1e3)), method="bounded")
+    return max(float(best.fun), 0.0)
+
+
 @lru_cache(maxsize=4096)
 def _upper(leaves: Releases, delta: float, coarser: int) -> float:
     if not leaves:
@@ -212,8 +121,20 @@ def _upper(leaves: Releases, delta: float, coarser: int) -> float:
     if not _is_private(leaves):
         return math.inf
     merged = _merged(leaves)
+    if not _is_convolved(merged, delta):
+        return _renyi_epsilon(merged, delta)
     distribution = _distribution(merged, coarser * _grid_step(merged), "up")
-    return float(distribution.get_epsilon_for_delta(delta - SLACK))
+    return float(distribution.get_epsilon_for_delta(delta - _error(merged)))
+
+
+def _lower(merged: Releases, delta: float) -> float:
+    if not _is_convolved(merged, delta):
+        return 0.0
+    distribution = _distribution(merged, _grid_step(merged), "down")
+    try:
+        return float(distribution.get_epsilon_for_delta(delta + _error(merged)))
+    except OverflowError:  # rounded down, losses lie so far below zero that their exponentials overflow
+        return 0.0
 
 
 @lru_cache(maxsize=4096)
@@ -224,8 +145,7 @@ def _bounds(leaves: Releases, delta: float) -> tuple[float, float, float]:
         return math.inf, math.inf, math.inf
     merged = _merged(leaves)
     upper = _upper(leaves, delta, 1)
-    down = _distribution(merged, _grid_step(merged), "down")
-    lower = min(float(down.get_epsilon_for_delta(delta + SLACK)), upper)
+    lower = min(_lower(merged, delta), upper)
     excess = (_upper(leaves, delta, 2) - upper) / 3.0  # connect-the-dots errs by the square of the grid step
     estimate = min(max(upper - excess, lower), upper) if math.isfinite(excess) else upper
     return lower, estimate, upper
@@ -344,6 +264,15 @@ def reconstruction_success_bound(event: DpEvent, kappa: float) -> float:
     if not _is_private(leaves):
         return 1.0
     merged = _merged(leaves)
+    if not _is_convolved(merged, kappa):
+
+        def from_delta(log_delta: float) -> float:  # valid at each delta
+            log_success = _renyi_epsilon(merged, math.exp(log_delta)) + math.log(kappa)
+            return math.exp(min(log_success, 0.0)) + math.exp(log_delta)
+
+        lowest = math.log(1e-10 * kappa)
+        best = minimize_scalar(from_delta, bounds=(lowest, math.log(kappa)), method="bounded")
+        return float(min(best.fun, 1.0))
     distribution = _distribution(merged, _grid_step(merged), "up")
 
     def bound(epsilon: float) -> float:  # convex in e^eps and valid at each eps: a search can only end high
@@ -353,43 +282,3 @@ def reconstruction_success_bound(event: DpEvent, kappa: float) -> float:
     best = minimize_scalar(bound, bounds=(-20.0, -math.log(kappa)), method="bounded", options={"xatol": 1e-4})
     ceiling = float(best.fun)
     return float(min(max(ceiling + SLACK, kappa), 1.0))
-
-
-def event_to_json(event: DpEvent) -> str:
-    """An event as canonical text for the ledger: its leaves and counts, sorted."""
-    rows = [
-        {"kind": leaf.kind, "scale": leaf.scale, "q": leaf.q, "count": n} for leaf, n in flatten_event(event)
-    ]
-    return json.dumps(rows, sort_keys=True, separators=(",", ":"))
-
-
-def event_from_json(text: str) -> DpEvent:
-    """The event that `event_to_json` wrote; costs the same to the last bit.
-
-    Raises:
-        PrivacyError: The text is no such event.
-    """
-    try:
-        read = json.loads(text)
-        if not isinstance(read, list):
-            raise TypeError("a list of releases was expected")
-        rows = [(str(r["kind"]), float(r["scale"]), float(r["q"]), int(r["count"])) for r in read]
-    except (ValueError, TypeError, KeyError) as error:
-        raise PrivacyError(f"not an event: {text[:80]!r}") from error
-    for kind, *_ in rows:
-        if kind not in get_args(Kind):
-            raise PrivacyError(f'not an event: unknown kind "{kind}"')
-    event = event_from_releases(tuple((Release(kind, scale, q), count) for kind, scale, q, count in rows))  # type: ignore[arg-type]
-    flatten_event(event)
-    return event
-
-
-def event_from_releases(leaves: Releases) -> DpEvent:
-    """One event that releases each leaf as often as it is counted."""
-    return compose(SelfComposedDpEvent(_event_of(leaf), count) for leaf, count in leaves)
-
-
-def _event_of(leaf: Release) -> DpEvent:
-    one = NonPrivateDpEvent() if leaf.kind == "nonprivate" else GaussianDpEvent(leaf.scale)
-    sampled = one if leaf.q == 1.0 else PoissonSampledDpEvent(leaf.q, one)
-    return ReplaceOneDpEvent(sampled) if leaf.kind == "swapped" else sampled

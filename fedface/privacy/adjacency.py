@@ -28,8 +28,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedface.privacy.accounting import Release, ReplaceOneDpEvent, event_from_releases, flatten_event
 from fedface.privacy.mechanism import Event
+from fedface.privacy.releases import Release, ReplaceOneDpEvent, event_from_releases, flatten_event
 from fedface.privacy_units import Unit, covers
 
 Adjacency = Literal["add or remove one", "replace one"]

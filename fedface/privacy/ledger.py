@@ -21,7 +21,6 @@ from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.measurements import Epsilon
-from fedface.privacy.accounting import compose, event_to_json
 from fedface.privacy.budget import Budget, BudgetExceeded
 from fedface.privacy.hash_chain import GENESIS, Chain, Clock, Record, Transaction, in_utc, utc_now
 from fedface.privacy.ledger_records import (
@@ -39,6 +38,7 @@ from fedface.privacy.ledger_records import (
 )
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
+from fedface.privacy.releases import compose, event_to_json
 from fedface.privacy.spending import (
     ENTRY_LIFETIME,
     Activity,

@@ -12,9 +12,9 @@ from datetime import datetime
 from typing import Any, ClassVar, Literal, get_args
 
 from fedface.errors import LedgerError, PolicyRefusal
-from fedface.privacy.accounting import event_to_json
 from fedface.privacy.hash_chain import Record, in_utc
 from fedface.privacy.plan import DPParameters, RunReleases
+from fedface.privacy.releases import event_to_json
 from fedface.privacy_units import Unit, unit_named
 
 _METRICS = "/metrics"  # follows a run's name, which has no slash
@@ -83,7 +83,7 @@ class RecordedRun:
     written: str  # UTC, ISO 8601
     run: str
     unit: Unit
-    event: str  # what the whole run releases, see accounting.event_to_json
+    event: str  # what the whole run releases, see releases.event_to_json
     counted: str  # the unit and delta of the owner's budgets, which stay the same for the life of the ledger
     rounds: dict[str, int]  # of each kind, see PlannedRound
     events: dict[str, str]  # of one round of each kind
@@ -115,7 +115,7 @@ class LedgerEntry:
     run: str  # which run requested it
     round: int  # which of its rounds, >= 0
     attempt: int  # 1, or more if the round is computed anew
-    event: str  # what was released, see accounting.event_to_json
+    event: str  # what was released, see releases.event_to_json
     metadata: dict[str, str]  # whatever identifies the release (model hash, clip norm, unit)
     planned: bool = False  # whether the record of its run covers it
 

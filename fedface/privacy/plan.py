@@ -24,12 +24,12 @@ from fedface.privacy.accounting import (
     GRID_DIGITS,
     MAX_NOISE_MULTIPLIER,
     calibrate_noise_multiplier,
-    compose,
     epsilon_of,
     reconstruction_success_bound,
 )
 from fedface.privacy.mechanism import ClipNorm, ClippedSum, Event, GaussianSum, SampledGaussian, round_floor
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget
+from fedface.privacy.releases import compose
 from fedface.privacy.renyi_filter import filter_epsilon
 from fedface.privacy_units import Unit, describe_unit
 from fedface.validation import AtLeast, Digits, In, checked

@@ -20,8 +20,8 @@ from functools import lru_cache
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from fedface.privacy.accounting import Release, flatten_event
 from fedface.privacy.mechanism import Event
+from fedface.privacy.releases import Release, flatten_event
 
 # Of DP-SGD the best order lies below that of a Gaussian with the same epsilon; this much below costs neither much.
 ORDER_SHARE = 0.8

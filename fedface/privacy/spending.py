@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 
 from fedface.errors import LedgerError, PrivacyError
 from fedface.measurements import Epsilon
-from fedface.privacy.accounting import epsilon_of, event_from_json, flatten_event, within_budget
+from fedface.privacy.accounting import epsilon_of, within_budget
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, BudgetExceeded
 from fedface.privacy.hash_chain import in_utc
@@ -29,6 +29,7 @@ from fedface.privacy.ledger_records import (
 )
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
+from fedface.privacy.releases import event_from_json, flatten_event
 from fedface.privacy.renyi_filter import filter_epsilon, within_filter
 from fedface.privacy_units import Unit
 

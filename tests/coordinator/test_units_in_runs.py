@@ -26,11 +26,12 @@ from fedface.measurements import Epsilon, NotMeasured
 from fedface.messages.messages import EvaluateTask, EvaluationRequest, Refusal, TrainResult, TrainTask
 from fedface.models.checkpoint import flatten_parameters, load_model
 from fedface.photos.device_dataset import DeviceDataset
-from fedface.privacy.accounting import compose, epsilon_of
+from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import GaussianSum, round_floor
 from fedface.privacy.plan import Schedule, make_plan
 from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy.releases import compose
 from fedface.randomness import Streams
 from fedface.reports import html_report
 from fedface.reports.device_metrics_record import WithdrawalRecord

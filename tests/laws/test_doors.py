@@ -18,7 +18,7 @@ DOORS = {
     "opacus": {"fedface/training/dp_sgd.py"},
     "tenseal": {"fedface/aggregation/homomorphic.py"},
     "flwr": FLOWER,
-    "dp_accounting": {"fedface/privacy/accounting.py", "fedface/privacy/mechanism.py"},
+    "dp_accounting": {f"fedface/privacy/{name}.py" for name in ("accounting", "mechanism", "releases")},
     "yaml": {"fedface/config.py"},
     "typer": {"fedface/cli/**"},
     "safetensors": {"fedface/models/checkpoint.py"},

@@ -17,14 +17,12 @@ from scipy.stats import norm
 from fedface.errors import PrivacyError
 from fedface.privacy.accounting import (
     calibrate_noise_multiplier,
-    compose,
     epsilon_of,
-    event_from_json,
-    event_to_json,
     reconstruction_success_bound,
     within_budget,
 )
 from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy.releases import compose, event_from_json, event_to_json
 
 
 @pytest.mark.parametrize(("sigma", "delta"), [(0.3, 1e-5), (1.0, 1e-3), (1.0, 1e-8), (100.0, 1e-5)])
@@ -160,6 +158,27 @@ def test_ten_rounds_compose_to_less_than_their_sum() -> None:
     rounds = [sampled(1.0, 0.01, 100)] * 10
     assert epsilon_of(compose(rounds), 1e-5).upper == approx(1.83, abs=0.005)
     assert sum(epsilon_of(r, 1e-5).upper for r in rounds) == approx(7.18, abs=0.01)
+
+
+@pytest.mark.parametrize(("rounds", "delta"), [(50_000, 1e-10), (50_000, 1e-5), (5_000, 1e-10)])
+def test_a_hundred_million_releases_have_an_upper_bound_near_the_central_limit(
+    rounds: int, delta: float
+) -> None:
+    """Rounds of 2,000 steps at rate q: mu^2 = n q^2 (exp(sigma^-2) - 1) (Bu et al. 2020, arXiv:1911.11607)."""
+    q, sigma, steps = 1e-4, 2.0, 2_000 * rounds
+    mu = q * math.sqrt(steps * math.expm1(sigma**-2))
+    bounds, exact = epsilon_of(sampled(sigma, q, steps), delta), analytic_epsilon(1 / mu, delta)
+    assert 0.0 <= bounds.lower <= exact <= bounds.upper < 1.15 * exact
+    assert within_budget(sampled(sigma, q, steps), bounds.upper, delta)
+    kappa = 1e-3
+    ceiling = reconstruction_success_bound(sampled(sigma, q, steps), kappa)
+    assert norm.cdf(norm.ppf(kappa) + mu) <= ceiling < 2 * norm.cdf(norm.ppf(kappa) + mu)
+
+
+def test_losses_that_are_rounded_far_down_have_the_lower_bound_zero() -> None:
+    """A million steps with little noise, whose coarse grid loses half a step each."""
+    bounds = epsilon_of(sampled(0.5, 0.9, 10**6), 1e-5)
+    assert bounds.lower == 0.0 and math.isfinite(bounds.upper)
 
 
 def test_no_release_costs_zero_and_no_noise_costs_infinity() -> None:

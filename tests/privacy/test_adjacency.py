@@ -18,8 +18,9 @@ from pytest import approx
 from scipy.stats import norm
 
 from fedface.errors import PrivacyError
-from fedface.privacy.accounting import compose, epsilon_of, event_from_json, event_to_json
+from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import convert_unit, replace_one_event
+from fedface.privacy.releases import compose, event_from_json, event_to_json
 from fedface.privacy_units import UNITS, Unit, covers
 
 DELTA = 1e-5

@@ -17,11 +17,12 @@ from pytest import approx
 from scipy.stats import norm
 
 from fedface.errors import LedgerError, PolicyRefusal
-from fedface.privacy.accounting import Release, compose, epsilon_of, flatten_event
+from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import PlannedRound
 from fedface.privacy.plan import DPParameters, RunReleases, Schedule
+from fedface.privacy.releases import Release, compose, flatten_event
 from fedface.privacy.renyi_filter import (
     epsilon_overhead,
     filter_epsilon,

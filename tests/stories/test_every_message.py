@@ -21,8 +21,9 @@ from fedface.experiment import Experiment, devices_folder
 from fedface.messages.cohort import Cohort, OnReply
 from fedface.messages.messages import DecryptTask, Failure, Message, Reply, Task, to_message
 from fedface.photos.skin_tone import measure_tone
-from fedface.privacy.accounting import epsilon_of, event_from_json
+from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.releases import event_from_json
 from fedface.simulation.devices import simulated_device
 from fedface.simulation.in_process import in_process_cohort
 
