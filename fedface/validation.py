@@ -20,20 +20,13 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fedface.errors import RangeError
 
 T = TypeVar("T")
 
 _INTERVAL = re.compile(r"([\[(])\s*(\S+),\s*(\S+?)\s*([\])])")
-
-
-class Constraint(Protocol):
-    """A constraint on a field, for `Annotated`."""
-
-    def problem(self, value: Any) -> str:
-        """What the value must be, such as "must be at least 1"; empty where it is."""
 
 
 @dataclass(frozen=True)

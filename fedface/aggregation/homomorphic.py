@@ -323,11 +323,8 @@ class HomomorphicDevice:
         self._encoder = sealapi.BatchEncoder(context)
 
     def protect(self, update: Vector, round: int) -> Payload:
-        """Quantise, pack and encrypt one update (d,), weight units; coordinates outside [-R, R] are clamped.
-
-        The number of clamped coordinates is not sent; `scheme.quantiser.quantise(update)` gives it on the device.
-        """
-        integers = self.scheme.quantiser.quantise(update).integers
+        """Quantise, pack and encrypt one update (d,), weight units; coordinates outside [-R, R] are clamped."""
+        integers = self.scheme.quantiser.quantise(update)
         parts = tuple(self._encrypt(slots) for slots in self.scheme.packing.pack(integers))
         return self.scheme.payload(self.key_name, parts, length=len(integers), count=1, round=round)
 

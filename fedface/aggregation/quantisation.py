@@ -42,22 +42,6 @@ def finite_vector(update: Vector) -> Vector:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantised:
-    """One quantised update, and how many of its values were clamped.
-
-    The clamped share depends on the photos: it must not leave the device without accounting.
-    """
-
-    integers: Integers  # shape (d,), each in 0..2M: the grid point plus M
-    clamped: int  # how many of the d coordinates lay outside [-R, R], 0..d
-
-    @property
-    def clamped_share(self) -> float:
-        """The share of coordinates that were clamped, 0..1."""
-        return self.clamped / len(self.integers)
-
-
-@dataclass(frozen=True, kw_only=True)
 @checked
 class Quantiser:
     """A public uniform grid of 2^bits - 1 points on [-R, R].
@@ -92,21 +76,24 @@ class Quantiser:
         """Bits that hold any coordinate of a full sum: about bits + log2(max_devices)."""
         return self.largest_sum.bit_length()
 
-    def quantise(self, update: Vector) -> Quantised:
+    def quantise(self, update: Vector) -> Integers:
         """Round an update (d,), weight units, to the nearest grid points; values outside [-R, R] are clamped.
 
-        Raises AggregationError if it is not a non-empty finite float vector.
+        Returns:
+            Shape (d,), each in 0..2M: the grid point plus M.
+
+        Raises:
+            AggregationError: It is not a non-empty finite float vector.
         """
         values = finite_vector(update).double().numpy()
-        clamped = int((np.abs(values) > self.value_range).sum())
         points = np.rint(np.clip(values, -self.value_range, self.value_range) / self.step)
-        return Quantised(integers=points.astype(np.int64) + self.half, clamped=clamped)
+        return np.asarray(points.astype(np.int64) + self.half)
 
     def dequantise_sum(self, integers: Integers, count: int) -> Vector:
         """The sum in weight units, float32, shape (d,), of `count` quantised updates summed as integers.
 
         Args:
-            integers: Sums of `Quantised.integers`, shape (d,), each in 0..count * 2M.
+            integers: Sums of what `quantise` returns, shape (d,), each in 0..count * 2M.
             count: How many updates are in the sum, 1..max_devices.
 
         Raises AggregationError if an integer is not a possible sum: a device sent something other than an update.

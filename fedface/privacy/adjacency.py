@@ -26,13 +26,9 @@ per library. A run whose unit is the photo says nothing about an occasion of unk
 
 from __future__ import annotations
 
-from typing import Literal
-
 from fedface.privacy.mechanism import Event
 from fedface.privacy.releases import Release, ReplaceOneDpEvent, event_from_releases, flatten_event
 from fedface.privacy_units import Unit, covers
-
-Adjacency = Literal["add or remove one", "replace one"]
 
 
 def replace_one_event(event: Event) -> Event:
