@@ -134,7 +134,7 @@ def test_a_hostile_file_is_one_sentence_and_writes_nothing(weights, tmp_path: Pa
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"G_ema": Gadget()}))
     code, out, err = weights("import", "a.pkl", "--out", "a.safetensors")
     assert code == 2 and out == "" and "Traceback" not in err
-    assert "fedface: a.pkl: asks for posix.system, which no weights need; nothing of the file was run" in err
+    assert "fedface: a.pkl: names posix.system, which no weights need; nothing of the file was run" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pkl"]
 
 

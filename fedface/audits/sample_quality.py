@@ -262,12 +262,12 @@ def measure_manifold(real: Tensor, generated: Tensor, *, k: int, span: int) -> M
     if not 2 * BLOCKS <= span <= min(len(real), len(generated)):
         raise ValueError(f"span must lie in [{2 * BLOCKS}, {min(len(real), len(generated))}], got {span}")
     draws = min(_DRAWS, len(real) // span, len(generated) // span)
-    left = [np.delete(np.arange(span), part) for part in np.array_split(np.arange(span), BLOCKS)]
+    rest = [np.delete(np.arange(span), part) for part in np.array_split(np.arange(span), BLOCKS)]
     estimates, halves = [], []
     for start in range(0, draws * span, span):
         x, y = real[start : start + span], generated[start : start + span]
         estimates.append(manifold_metrics(x, y, k=k))
-        halves.append(jackknife_half_width(np.array([manifold_metrics(x[i], y[i], k=k) for i in left])))
+        halves.append(jackknife_half_width(np.array([manifold_metrics(x[i], y[i], k=k) for i in rest])))
     estimate = np.mean(estimates, axis=0)
     half = np.sqrt(np.mean(np.square(halves), axis=0) / draws)
     count = draws * span

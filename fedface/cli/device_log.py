@@ -185,7 +185,7 @@ def _confirm(question: str, yes: bool) -> None:
     """Go on if the owner says so; without a terminal, only --yes says it."""
     if not yes and not sys.stdin.isatty():
         raise ConfigError(
-            "there is no terminal to confirm on, so nothing was done; --yes goes on without confirmation"
+            "there is no terminal to confirm on, so nothing was done; --yes continues without confirmation"
         )
     if not yes and not typer.confirm(f"{question}?"):
         _say("Nothing was done.")

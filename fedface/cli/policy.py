@@ -1,7 +1,7 @@
 """The command `fedface policy check`.
 
 Nothing is written. Exit code 0: the device would take part, or no run was named; 1: it would refuse something that the
-run asks for; 2: a file or an option is wrong, or the ledger is damaged or missing although its head or witness exists.
+run requests; 2: a file or an option is wrong, or the ledger is damaged or missing although its head or witness exists.
 """
 
 from __future__ import annotations

@@ -128,10 +128,10 @@ def upsample_folder(job: SheetJob, photos: Path, out: Path, settings: dict[str, 
     """Sheets for the photos of a folder that have none yet; photos without a face are named and counted."""
     pictures, skipped = images_in(photos)
     sheets = SheetFolder(out, photos, settings)
-    left = sheets.left(pictures)
-    if len(left) < len(pictures):
-        job.describe(f"{len(pictures) - len(left)} of {len(pictures)} photos already have their sheets")
-    for path, result in job.sheets(left, sheets.place):
+    pending = sheets.pending(pictures)
+    if len(pending) < len(pictures):
+        job.describe(f"{len(pictures) - len(pending)} of {len(pictures)} photos already have their sheets")
+    for path, result in job.sheets(pending, sheets.place):
         sheets.store(path, result)
         if isinstance(result, SkippedPhoto):
             job.describe(sanitize_text(f"{result.photo}: skipped: {result.reason}", LONGEST))

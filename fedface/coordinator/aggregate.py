@@ -1,4 +1,4 @@
-"""Secure aggregation at the server: ask devices for protected vectors, check each reply, sum them, decrypt the sum.
+"""Secure aggregation at the server: request protected vectors, check each reply, sum them, decrypt the sum.
 
 The same for updates and metrics. The server stores no payload after summing, and learns of a device only its name, its
 reply or refusal, and the time taken; only with plain sums does it see each payload.
@@ -66,7 +66,7 @@ def collect_and_sum(
     on_progress: Callable[[int], None],
     on_withdrawal: Callable[[Mapping[int, str]], None],
 ) -> RoundSum:
-    """Ask every member, sum the usable replies, and have the sum decrypted.
+    """Send every member the task, sum the usable replies, and have the sum decrypted.
 
     Args:
         experiment: Gives the aggregation protocol and min_responses.

@@ -132,7 +132,7 @@ def evaluate_on_devices(
 ) -> RunState:
     """Have the devices evaluate each model, such as ("before", base), that the run's state does not contain yet.
 
-    Members in `withdrawn` are not asked; those whose owners withdraw now are added to it.
+    Members in `withdrawn` get no request; those whose owners withdraw now are added to it.
 
     Raises:
         FederationError: Too few usable replies; the run can be resumed.

@@ -63,7 +63,7 @@ def run_rounds(
 ) -> RunState:
     """Run the rounds that are not on disk yet, and measure each round's model against the reference set, if any.
 
-    Members whose owners withdraw are not asked again, and are added to `withdrawn`; a resumed run asks each once more.
+    Members whose owners withdraw get no further requests, and are added to `withdrawn`; a resumed run sends one more.
 
     Raises:
         FederationError: Too few usable replies in a round, or no device could decrypt the sum. The run can be resumed.

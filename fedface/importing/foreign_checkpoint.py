@@ -64,7 +64,7 @@ def read_foreign(path: Path) -> ForeignFile:
     Guarantees:
         * Nothing that the file names is imported or called.
         * The tensors take at most four times as many bytes as the file, and 1 MiB.
-        * Any file of 10 MB is answered within about two CPU seconds, a larger one within the time to read it beside.
+        * Any file of 10 MB is read or refused within about two CPU seconds, a larger one also takes its reading time.
 
     Raises:
         WeightsError: The file is missing, too large, of another kind or damaged, it names something that no
@@ -204,23 +204,23 @@ def _tensor(value: PickledCall, budget: Budget) -> Tensor:
         case PickledCall("torch._utils._rebuild_parameter", (PickledCall() as inner, *_)):
             value = inner
     if value.name not in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-        raise PickleRefused(f"asks for {value.name} of something that is not a tensor")
+        raise PickleRefused(f"calls {value.name} on something that is not a tensor")
     if len(value.args) < 4:
-        raise PickleRefused(f"asks for {value.name} without saying of what")
+        raise PickleRefused(f"calls {value.name} without arguments")
     storage, offset, shape, strides = value.args[:4]
     if not isinstance(storage, Storage) or storage.values is None:
-        raise PickleRefused(f"asks for {value.name} of something that is not a storage")
+        raise PickleRefused(f"calls {value.name} on something that is not a storage")
     if not (
         _are_counts((offset,)) and _are_counts(shape) and _are_counts(strides) and len(shape) == len(strides)
     ):
-        raise PickleRefused(f"asks for {value.name} with an invalid shape")
+        raise PickleRefused(f"calls {value.name} with an invalid shape")
     if math.prod(max(side, 1) for side in shape) > MAX_SIZE:
-        raise PickleRefused(f"asks for {value.name} with shape {list(shape)}, which is too large")
+        raise PickleRefused(f"calls {value.name} with shape {list(shape)}, which is too large")
     numel = math.prod(shape)
     last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
     if numel and (last >= storage.numel or numel > storage.numel):
         raise PickleRefused(
-            f"asks for {value.name} with shape {list(shape)}, strides {list(strides)} and offset {offset}, which "
+            f"calls {value.name} with shape {list(shape)}, strides {list(strides)} and offset {offset}, which "
             f"reaches outside its {storage.numel} numbers"
         )
     budget.spend(parts=10, size=numel * storage.dtype.itemsize)
@@ -239,7 +239,7 @@ def _plain(value: Any) -> PlainValue:
     """A field of a module as Python's own number or text; None for everything else.
 
     Raises:
-        PickleRefused: It asks for a number of numpy's and gives none.
+        PickleRefused: It calls for a number of numpy and gives none.
     """
     match value:
         case bool() | int() | float() | str():
@@ -247,10 +247,10 @@ def _plain(value: Any) -> PlainValue:
         case PickledCall(name, (PickledCall("numpy.dtype", (code, *_)), bytes(content))) if _is_scalar(name):
             dtype = np.dtype(str(code).lstrip("<>=|")).newbyteorder("<")
             if len(content) != dtype.itemsize:
-                raise PickleRefused(f"asks for {name} with {len(content)} bytes for a number of kind {dtype}")
+                raise PickleRefused(f"calls {name} with {len(content)} bytes for a number of kind {dtype}")
             return cast(PlainValue, np.frombuffer(content, dtype)[0].item())
         case PickledCall(name) if _is_scalar(name):
-            raise PickleRefused(f"asks for {name} of something that is not a number")
+            raise PickleRefused(f"calls {name} on something that is not a number")
         case _:
             return None
 

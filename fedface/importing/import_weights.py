@@ -107,7 +107,7 @@ def import_file(path: Path, mapping: Path | None = None) -> ImportedModel:
     try:
         if is_safetensors(path):
             if mapping is not None:
-                raise WeightsError("--mapping goes with a StyleGAN1 in two files, not with safetensors")
+                raise WeightsError("--mapping applies to a StyleGAN1 in two files, not with safetensors")
             return _ours(path, notes)
         content = read_foreign(path)
         if mapping is not None:

@@ -67,7 +67,7 @@ class PickleRefused(WeightsError):
 
 
 class Budget:
-    """The work that may be spent on one file, so that any file of 10 MB is answered within about two CPU seconds.
+    """The work that may be spent on one file: any file of 10 MB is read or refused within about two CPU seconds.
 
     Args:
         size: Bytes of the file. What is copied out of it may have four times as many, and 1 MiB.
@@ -106,7 +106,7 @@ def _refuse_persistent(key: Any) -> NoReturn:
 
 
 def _refuse_nested(content: bytes) -> NoReturn:
-    raise PickleRefused("asks for torch.storage._load_from_bytes where no weights need it")
+    raise PickleRefused("calls torch.storage._load_from_bytes where no weights need it")
 
 
 def read_pickle(
@@ -158,7 +158,7 @@ def _refuse_global(name: str) -> NoReturn:
             "convert it to a PyTorch .pkl with legacy.py of stylegan2-ada-pytorch, on a machine where you would "
             "run code of its author, and import that"
         )
-    raise PickleRefused(f"asks for {shown}, which no weights need; nothing of the file was run")
+    raise PickleRefused(f"names {shown}, which no weights need; nothing of the file was run")
 
 
 _MARK: Final = object()  # the opcode MARK on the stack
@@ -250,9 +250,7 @@ class _Machine:
                 self.push(self._encoded(args))
             case "torch.storage._load_from_bytes":
                 if len(args) != 1 or not isinstance(args[0], bytes):
-                    raise PickleRefused(
-                        "asks for torch.storage._load_from_bytes of something other than bytes"
-                    )
+                    raise PickleRefused("calls torch.storage._load_from_bytes on something other than bytes")
                 self.push(self.nested(args[0]))
             case "numpy.dtype":
                 self.push(_dtype(args))

@@ -95,7 +95,7 @@ class SkippedPhoto:
 
 
 def images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Every picture below a folder by name, and how many files and folders were left out by reason.
+    """Every picture below a folder by name, and how many files and folders were skipped by reason.
 
     Raises:
         LibraryError: There is no such folder, or no picture in it.
@@ -239,7 +239,7 @@ class SheetFolder:
         """The record of every photo: its sheets, or why it was skipped."""
         return tuple({"photo": name, **entry} for name, entry in self._found.items())
 
-    def left(self, photos: Sequence[Path]) -> list[Path]:
+    def pending(self, photos: Sequence[Path]) -> list[Path]:
         """The photos without all their sheets that were not skipped."""
         known = {self._name(path): self._stamp(path) for path in photos}
         self._found = {

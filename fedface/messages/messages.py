@@ -101,7 +101,7 @@ class TrainTask:
 
     run: RunName  # the same in every round
     round: Count  # from 1
-    cohort: Count  # how many devices are asked, according to the server
+    cohort: Count  # how many devices get the task, according to the server
     seed: Seed  # of reproducible streams: latents of generated images, low-rank directions
     config: RoundConfig
     # Of the metrics that the same run requests; None: it requests none
@@ -222,7 +222,7 @@ class Refusal:
 
     device: Name
     reason: str
-    withdrawn: bool = False  # the owner has left this run; the server must delete the device's name
+    withdrawn: bool = False  # the owner has withdrawn from this run; the server must delete the device's name
 
 
 Reply = TrainResult | EvaluateResult | DecryptResult | Refusal
@@ -248,7 +248,7 @@ def to_message(content: Task | Reply) -> Message:
 
 
 def protection_of(task: Task) -> str:
-    """How the reply to a task is protected, in words for the device's owner."""
+    """How the reply to a task is protected, for the device's owner."""
     match task:
         case TrainTask(config=config) | EvaluateTask(request=config):
             dp, aggregation = config.dp, config.aggregation

@@ -316,7 +316,7 @@ def record_of(connection: sqlite3.Connection, row_number: int) -> PhotoRecord:
     """One file by its row number."""
     row = connection.execute("SELECT * FROM photo WHERE number = ?", (row_number,)).fetchone()
     if row is None:
-        raise LibraryError("a photo has left the library since it was opened; open the library again")
+        raise LibraryError("a photo was removed from the library since it was opened; open the library again")
     return _record(row)
 
 

@@ -154,8 +154,8 @@ class SandboxedDecoder:
         descriptor = self._child.stdout.fileno()
         received = bytearray()
         while len(received) < count:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not select.select([descriptor], [], [], remaining)[0]:
                 raise _DecoderTimeout(f"took longer than {self._limits.seconds:g} s to decode")
             chunk = os.read(descriptor, min(count - len(received), 1 << 20))
             if not chunk:

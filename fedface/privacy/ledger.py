@@ -512,7 +512,9 @@ class Ledger:
         digest = _sha256(payload)
         with self._chain.write_transaction() as page:
             if info.kind != "refusal" and self._withdrawn(page, info.run):
-                raise PolicyRefusal(f"the owner of this device has left {info.run}; nothing of it is sent")
+                raise PolicyRefusal(
+                    f"the owner of this device has withdrawn from {info.run}; nothing of it is sent"
+                )
             if info.entry is not None:
                 self._check_covered(page, info, digest)
             content = {

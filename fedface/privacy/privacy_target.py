@@ -1,4 +1,4 @@
-"""The privacy guarantee that an experiment asks for, as a value that is checked once.
+"""The privacy guarantee that an experiment requests, as a value that is checked once.
 
 Either a target (epsilon, delta, unit) or, chosen by name and never by default, none: a baseline that shows what privacy
 costs.

@@ -10,8 +10,8 @@ from fedface.reports.run_record import AttackRecord, BiasRecord, RunRecord
 def withdrawal_notes(record: RunRecord) -> list[str]:
     """What happens when a device withdraws, and what cannot be undone; stated whether or not a device has withdrawn."""
     withdrawing = (
-        "The owner of a device can withdraw at any time (fedface device withdraw): the device is not asked again, its "
-        "individual replies are deleted, and its name is removed from the run's files."
+        "The owner of a device can withdraw at any time (fedface device withdraw): the device gets no further "
+        "requests, its individual replies are deleted, and its name is removed from the run's files."
     )
     match record.plan.privacy:
         case PrivacyTarget(unit=unit) if record.plan.dp_parameters.noise_at == "server":
@@ -27,7 +27,7 @@ def withdrawal_notes(record: RunRecord) -> list[str]:
         "What cannot be undone: its earlier replies were summed with those of other devices and are part of the "
         f"weights and metrics since then, and of every copy of them; {bound}."
     )
-    withdrawals = [left.sentence() for left in record.withdrawals]
+    withdrawals = [each.sentence() for each in record.withdrawals]
     return [withdrawing, permanent, *(withdrawals or ["No device has withdrawn from this run."])]
 
 

@@ -1,4 +1,4 @@
-"""A simulation in one process: Flower's ClientApp answers for every simulated device, without Flower's server."""
+"""A simulation in one process: Flower's ClientApp runs for every simulated device, without Flower's server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RUN = 1  # a grid in one process has one run
 
 
 class InProcessGrid(Grid):
-    """A Grid without Flower's server: the ClientApp answers in this process, one device per core.
+    """A Grid without Flower's server: the ClientApp runs in this process, one device per core.
 
     One thread per device is faster than two per convolution, because small networks cannot use the second. Every
     message and reply is serialised and parsed, so that devices never share an object.
@@ -88,12 +88,12 @@ class InProcessGrid(Grid):
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
-        """Have the devices answer in the order of the messages, as many in parallel as there are cores."""
+        """Have the devices reply in the order of the messages, as many in parallel as there are cores."""
         ids = set(message_ids)
         turn = [name for name in self._waiting if name in ids][: self._cores]
-        asked = [self._waiting.pop(name) for name in turn]
+        messages = [self._waiting.pop(name) for name in turn]
         with ThreadPoolExecutor(self._cores) as pool:
-            return list(pool.map(self._reply_to, asked))
+            return list(pool.map(self._reply_to, messages))
 
     def send_and_receive(
         self, messages: Iterable[FlowerMessage], *, timeout: float | None = None
@@ -102,11 +102,11 @@ class InProcessGrid(Grid):
         return [reply for name in self.push_messages(messages) for reply in self.pull_messages([name])]
 
     def _reply_to(self, message: FlowerMessage) -> FlowerMessage:
-        asked = _through_wire(message)
+        received = _through_wire(message)
         try:
-            reply = self._app(asked, self._contexts[asked.metadata.dst_node_id])
+            reply = self._app(received, self._contexts[received.metadata.dst_node_id])
         except Exception as error:  # as Flower's own runtimes do
-            reply = FlowerMessage(Error(DEVICE_ERROR, f"{type(error).__name__}: {error}"), reply_to=asked)
+            reply = FlowerMessage(Error(DEVICE_ERROR, f"{type(error).__name__}: {error}"), reply_to=received)
         return _through_wire(reply)
 
 

@@ -192,7 +192,7 @@ def pair_with_models(
     if given is not None and not any(model is given for _, model in pairs):
         names = ", ".join(name for name, method in METHODS.items() if is_compatible(method, given))
         raise ConfigError(
-            f"this checkpoint is {given.architecture.description}; it goes with the methods {names}"
+            f"this checkpoint is {given.architecture.description}; it is compatible with the methods {names}"
         )
     sizes = {model.size: name_of(method) for method, model in pairs if model is not None}
     if len(sizes) > 1:
@@ -221,13 +221,13 @@ def check_method(method: Method, model: Model | None, degradation: Degradation, 
             f"the method {name_of(method)} needs {_needs(method)}, got {got}; name such a checkpoint"
         )
     if model.size != size:
-        raise ConfigError(f"this checkpoint makes faces of {model.size} pixels, asked for {size}")
+        raise ConfigError(f"this checkpoint generates faces of {model.size} pixels, requested are {size}")
     if isinstance(method, StyleEncoderConfig | PulseEncoderInitConfig | SuperResolutionConfig):
         assert isinstance(model.architecture, UpsamplerArchitecture)
         if low > (largest := model.architecture.max_input_size):
             raise ConfigError(
                 f"this network enlarges photos of up to {largest} x {largest} pixels to faces "
-                f"of {model.size}; asked for {low} to {size}. Choose fewer pixels, or a method that searches"
+                f"of {model.size}; requested are {low} to {size}. Choose fewer pixels, or a method that searches"
             )
 
 

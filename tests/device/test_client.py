@@ -105,7 +105,7 @@ def test_a_stored_reply_is_not_sent_for_other_weights(device: Device, task: Trai
     handle_task(task, device)
     other = tiny_gan("other")
     again = replace(task, weights=flatten_parameters(*other.modules()), model="another")
-    with pytest.raises(LedgerError, match="answered already, for a different release"):
+    with pytest.raises(LedgerError, match="has a reply already, for a different release"):
         handle_task(again, device)
     assert recorded(device) == [("tiny", 1, 1)]
 

@@ -147,7 +147,7 @@ def folder_of_photos(place: Path) -> Path:
 
 def work(photos: Path, sheets: SheetFolder) -> list[SheetRecord | SkippedPhoto]:
     """Process everything that is left."""
-    left = sheets.left(images_in(photos)[0])
+    left = sheets.pending(images_in(photos)[0])
     found: list[SheetRecord | SkippedPhoto] = []
     for path, result in run_pipeline(left, sheets.place, SETTINGS, runner(), blind, None, Silent()):
         sheets.store(path, result)

@@ -238,7 +238,7 @@ def test_raw_and_modern_kinds_are_named_whatever_the_name(
 def test_a_phone_photo_of_108_or_200_megapixels_is_read_at_a_reduced_scale(
     tmp_path: Path, width: int, height: int
 ) -> None:
-    """Also where more pixels are asked for than are decoded; whole, it would need too much memory."""
+    """Also where more pixels are requested than are decoded; whole, it would need too much memory."""
     picture = Image.new("L", (width, height), 128)
     picture.paste(255, (0, 0, width // 2, height // 2))
     picture.save(tmp_path / "a.jpg", quality=50)

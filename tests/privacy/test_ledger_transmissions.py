@@ -128,7 +128,7 @@ def test_after_a_withdrawal_only_refusals_are_recorded(ledger: Ledger) -> None:
     left = ledger.withdraw("r", "I do not like what it is for")
     kinds: tuple[TransmissionKind, ...] = ("update", "metrics", "update sum", "metrics sum")
     for kind in kinds:
-        with pytest.raises(PolicyRefusal, match="has left r"):
+        with pytest.raises(PolicyRefusal, match="has withdrawn from r"):
             ledger.record_transmission(b"payload", replace(update, kind=kind))
     ledger.record_transmission(b"no", REFUSAL)
     ledger.record_transmission(b"other run", answered(ledger, b"other run", run="s"))
@@ -247,7 +247,7 @@ def test_a_session_verifies_once_and_again_only_when_another_has_written(
         assert verifications == [2]
         ledger.withdraw("r", "now")
         assert verifications == [2, 5]
-        with pytest.raises(PolicyRefusal, match="has left r"):
+        with pytest.raises(PolicyRefusal, match="has withdrawn from r"):
             session.record_transmission(b"payload", update)
         assert verifications == [2, 5, 6]
 

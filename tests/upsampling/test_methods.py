@@ -137,9 +137,9 @@ def test_each_family_has_a_default_method(name: str) -> None:
 def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ConfigError, match="does not support faces of 16 pixels"):
         make_upsampler(NearestConfig(), None, Area(3), STREAMS, size=16)
-    with pytest.raises(ConfigError, match="makes faces of 16 pixels, asked for 32"):
+    with pytest.raises(ConfigError, match="generates faces of 16 pixels, requested are 32"):
         make_upsampler(PulseConfig(), MODELS["alone"], Area(4), STREAMS, size=32)
-    with pytest.raises(ConfigError, match="up to 8 x 8 pixels to faces of 16; asked for 16 to 16"):
+    with pytest.raises(ConfigError, match="up to 8 x 8 pixels to faces of 16; requested are 16 to 16"):
         make_upsampler(StyleEncoderConfig(), MODELS["styled"], Area(1), STREAMS, size=16)
     with pytest.raises(ValueError, match="eps must be a finite number above 0, got 0"):
         NearestConfig(eps=0)
@@ -151,7 +151,7 @@ def test_a_given_checkpoint_replaces_the_bundled_one_where_compatible() -> None:
     size, pairs = pair_with_models([PulseConfig(), NearestConfig()], alone)
     assert size == 16 and pairs[0][1] is alone and pairs[1][1] is None
     with pytest.raises(
-        ConfigError, match="a super-resolution network; it goes with the methods super-resolution"
+        ConfigError, match="a super-resolution network; it is compatible with the methods super-resolution"
     ):
         pair_with_models([PulseConfig()], MODELS["resolved"])
     with pytest.raises(ConfigError, match="faces of different sizes"):
