@@ -9,7 +9,7 @@ import pytest
 from command_line import caller
 
 from clients.node_key import make_node_key
-from fedface.cli import device_start
+from fedface.cli import child_processes
 from fedface.cli.server_init import make_certificates
 
 FILE = "name: kitchen\nphotos: photos\nstate: state\nserver: SERVER\npolicy: {max_epsilon: 8, delta: 1e-6}\n"
@@ -18,7 +18,7 @@ FILE = "name: kitchen\nphotos: photos\nstate: state\nserver: SERVER\npolicy: {ma
 @pytest.fixture
 def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path):  # type: ignore[no-untyped-def]
     """Call the command line in this process; a SuperNode must not start."""
-    monkeypatch.setattr(device_start.subprocess, "Popen", None)
+    monkeypatch.setattr(child_processes.subprocess, "Popen", None)
     return caller(monkeypatch, capsys, "device", "start")
 
 

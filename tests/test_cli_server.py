@@ -20,7 +20,7 @@ from cryptography import x509
 
 @pytest.fixture
 def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
-    """Call the command line in this process."""
+    """Call `fedface server init` in this process."""
     return caller(monkeypatch, capsys, "server", "init")
 
 
@@ -50,9 +50,10 @@ class Echo(BaseHTTPRequestHandler):
     """In SuperLink's place: answers with the path that reaches it."""
 
     def do_POST(self) -> None:
+        length = len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(self.path.encode())
+        self.wfile.write(self.path.encode() + b" " * length)
 
     do_GET = do_PUT = do_POST
 
@@ -92,14 +93,14 @@ def address(fedface: Callable, tmp_path: Path) -> Iterator[tuple[int, Path]]:
         superlink.server_close()
 
 
-def ask(port: int, folder: Path, method: str, path: str) -> tuple[int, bytes]:
+def ask(port: int, folder: Path, method: str, path: str, *, body: bytes = b"") -> tuple[int, bytes]:
     """Status and content of one request, with a path that nothing has tidied."""
     trusted = ssl.create_default_context(cafile=folder / "certificates/ca.crt")
     connection = HTTPSConnection("localhost", port, context=trusted, timeout=20)
     try:
         connection.putrequest(method, path)
-        connection.putheader("Content-Length", "0")
-        connection.endheaders()
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body)
         reply = connection.getresponse()
         return reply.status, reply.read()
     finally:
@@ -110,6 +111,8 @@ def test_the_proxy_passes_the_fleet_api_and_nothing_else(address: tuple[int, Pat
     """Not the control interface, by which anyone could start runs, however its path is written."""
     for path in ("pull-messages", "push-messages", "get-fab", "send-node-heartbeat"):
         assert ask(*address, "POST", f"/v1/fleet/{path}") == (200, f"/v1/fleet/{path}".encode())
+    upload = ask(*address, "POST", "/v1/fleet/push-object", body=bytes(6_000_000))
+    assert upload[0] == 200 and len(upload[1]) > 6_000_000
     tidied = ask(*address, "POST", "/v1/control/start-run/../../fleet/pull-messages")
     assert tidied == (200, b"/v1/fleet/pull-messages")
     for path in (
@@ -119,3 +122,22 @@ def test_the_proxy_passes_the_fleet_api_and_nothing_else(address: tuple[int, Pat
     ):  # fmt: skip
         assert ask(*address, "POST", path)[0] == 403, path
     assert ask(*address, "GET", "/v1/fleet/pull-messages")[0] == 403
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
+    """Call `fedface server start` in this process."""
+    return caller(monkeypatch, capsys, "server", "start")
+
+
+def test_another_folder_is_not_started(start: Callable, tmp_path: Path) -> None:
+    """With the command that makes one."""
+    assert "is not the folder of a server; `fedface server init` makes one" in start(tmp_path).sentence
+
+
+def test_a_taken_port_is_named(fedface: Callable, start: Callable, tmp_path: Path) -> None:
+    """Instead of SuperLink's traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert fedface(tmp_path / "server", "localhost", "--superlink-port", port).code == 0
+        assert f"port {port} is taken" in start(tmp_path / "server").sentence

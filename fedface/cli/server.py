@@ -12,11 +12,6 @@ from fedface.cli.options import example
 server = typer.Typer(help="For the operator of a server.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@server.callback()
-def _group() -> None:
-    """For the operator of a server."""
-
-
 @server.command("init", epilog=example("fedface server init ~/fedface-server fedface.example.org"))
 def init(
     folder: Annotated[Path, typer.Argument(help="A new folder for the server's files.")],
@@ -32,3 +27,11 @@ def init(
     from fedface.cli.server_init import server_init
 
     server_init(folder.expanduser(), hosts, port, superlink_port)
+
+
+@server.command("start", epilog=example("fedface server start ~/fedface-server"))
+def start(folder: Annotated[Path, typer.Argument(help="The folder of `fedface server init`.")]) -> None:
+    """Start SuperLink, its executor and nginx until Ctrl-C; devices can then connect."""
+    from fedface.cli.server_start import server_start
+
+    server_start(folder.expanduser())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedface.atomic_io import create_bytes
 from fedface.cli.console import say
+from fedface.config import dump
 from fedface.errors import ConfigError
 
+PORTS_FILE = "ports.yaml"
 Key = ec.EllipticCurvePrivateKey
 
 PROXY = """\
@@ -31,8 +34,8 @@ error_log nginx-error.log;
 events {}
 http {
   access_log nginx-access.log;
-  client_body_temp_path nginx-body;
-  proxy_temp_path nginx-replies;
+  client_body_temp_path nginx-unused;
+  proxy_temp_path nginx-unused;
   fastcgi_temp_path nginx-unused;
   uwsgi_temp_path nginx-unused;
   scgi_temp_path nginx-unused;
@@ -49,12 +52,23 @@ http {
       proxy_ssl_verify on;
       proxy_ssl_trusted_certificate certificates/ca.crt;
       proxy_ssl_name localhost;
+      proxy_http_version 1.1;
+      proxy_request_buffering off;  # messages pass without a temporary file
+      proxy_buffering off;
       proxy_read_timeout 300s;
     }
     location / { return 403; }
   }
 }
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """The TCP ports of a server."""
+
+    devices: int  # of nginx
+    superlink: int  # on this machine alone
 
 
 def server_init(folder: Path, hosts: list[str], port: int, superlink_port: int) -> None:
@@ -73,9 +87,11 @@ def server_init(folder: Path, hosts: list[str], port: int, superlink_port: int) 
         raise ConfigError(f"{folder}: is not empty, and nothing in it is replaced; name a new folder")
     make_certificates(folder / "certificates", hosts)
     create_bytes(folder / "superexec.secret", secrets.token_hex(32).encode())
+    ports = Ports(devices=port, superlink=superlink_port)
+    create_bytes(folder / PORTS_FILE, dump(ports).encode(), mode=0o644)
     proxy = PROXY.replace("PORT", str(port)).replace("SUPERLINK", str(superlink_port))
     create_bytes(folder / "nginx.conf", proxy.encode(), mode=0o644)
-    say(f"wrote certificates, superexec.secret and nginx.conf to {folder}")
+    say(f"wrote certificates, {PORTS_FILE}, superexec.secret and nginx.conf to {folder}")
     say(f"give each owner {folder / 'certificates' / 'ca.crt'} and the address {hosts[0]}:{port}")
     say(
         f"move {folder / 'certificates' / 'ca.key'} off this machine: whoever has it can impersonate the server"

@@ -14,7 +14,7 @@ EXCEPTIONS = {
     "fedface/privacy/hash_chain.py": "an SQLite file that is known by its application id, and the head beside it",
     "fedface/photos/photo_index.py": "an SQLite file that is known by its application id",
     "fedface/photos/sandboxed_decoder.py": "a pipe",
-    "fedface/cli/device_start.py": "the output of a process, in the private state folder",
+    "fedface/cli/child_processes.py": "the output of a program, in the folder of a device's state or of a server",
     "fedface/cli/console.py": "standard output after its reader has closed it",
     "fedface/aggregation/homomorphic.py": "a file in memory",
 }

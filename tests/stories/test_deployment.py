@@ -54,34 +54,32 @@ clientapp = "hostile:client"
 """
 # It runs on the server as well, which shows that it would write the file.
 HOSTILE = """
-import os
+import os, time
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 open(os.path.expanduser("~/marker"), "w").close()
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 @client.train()
 def train(message, context):
     return Message(RecordDict(), reply_to=message)
 @server.main()
 def main(grid, context):
+    while len(list(grid.get_node_ids())) < 3:
+        time.sleep(0.5)
     asked = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
     for reply in grid.send_and_receive(asked, timeout=120):
         print("answer:", reply.error.reason if reply.has_error() else "hostile code", flush=True)
 """
 
 
-def commands(page: str, heading: str) -> list[str]:
-    """The shell blocks below a numbered heading of a README."""
-    text = (ROOT / page / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert found is not None, f"{page}/README.md has no heading {heading!r}"
-    return re.findall(r"^```sh\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
-
-
 def command(page: str, heading: str) -> str:
-    """The first of them."""
-    return commands(page, heading)[0]
+    """The first shell block below a numbered heading of a README."""
+    text = (ROOT / page / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"^## {re.escape(heading)}$.*?^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{page}/README.md has no commands below {heading!r}"
+    return found[1]
 
 
 @dataclass
@@ -90,15 +88,15 @@ class Home:
 
     folder: Path
     port: int  # the SuperLink's
+    entry: int  # where devices connect: nginx's, or the SuperLink's where nginx is not installed
     running: dict[subprocess.Popen[bytes], Path]
 
     def changed(self, commands: str) -> str:
         """Commands, or a file, with the port and the sizes of this test."""
         for old, new in {
-            "fedface.example.org:8443": f"localhost:{self.port}",
-            "localhost:8000": f"localhost:{self.port}",
+            "fedface.example.org:8443": f"localhost:{self.entry}",
             "127.0.0.1:8000": f"127.0.0.1:{self.port}",
-            "--port 8000": f"--port {self.port}",
+            "server init": f"server init --port {self.entry} --superlink-port {self.port}",
             **SMALLER,
         }.items():
             commands = commands.replace(old, new)
@@ -148,11 +146,13 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture
 def homes(tmp_path: Path) -> Iterator[list[Home]]:
     """The server's home and three devices'; all processes started there are ended."""
-    ports, running = free_ports(1), {}  # type: ignore[var-annotated]
+    (port, entry), running = free_ports(2), {}  # type: ignore[var-annotated]
+    if shutil.which("nginx") is None:
+        entry = port
     folders = [tmp_path / name for name in ("server", "device-1", "device-2", "device-3")]
     for folder in folders:
         folder.mkdir(mode=0o700)
-    yield [Home(folder, ports[0], running) for folder in folders]
+    yield [Home(folder, port, entry, running) for folder in folders]
     for expected in (signal.SIGTERM, signal.SIGKILL):
         for process in running:
             if process.poll() is None:
@@ -199,12 +199,8 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     """Two rounds with TLS, node keys, encrypted sums and DP; each device records its releases."""
     server, *devices = homes
     server.do(command("server", "1. Certificates, secret and proxy"))
-    superlink, executor, _ = commands("server", "2. The SuperLink, its executor and the proxy")
-    server.start(superlink, "superlink")
-    until_true(lambda: listening(server.port), 60, "the SuperLink does not listen", homes)
-    server.start(
-        executor, "superexec"
-    )  # without nginx, which may not be installed: devices connect to SuperLink
+    server.start(command("server", "2. Start"), "server")
+    until_true(lambda: listening(server.entry), 60, "the server does not listen", homes)
     server.do(command("server", "3. Tell `flwr` where it is"))
     server.do(command("server", "5. The experiment"))
     family = server.folder / "fedface-server" / "family.yaml"
@@ -215,19 +211,34 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
         device.do(command("clients", "2. Your folder"))
         file = device.folder / "fedface" / "device.yaml"
         text = device.changed(file.read_text()).replace("name: my-device", f"name: {device.folder.name}")
-        text = text.replace("# answer_seconds: 60", "answer_seconds: 5")
+        text = text.replace("# answer_seconds: 60", "answer_seconds: 5\nmax_photos: 10")
         file.write_text(text.replace("evaluation: false", "evaluation: true"))
         device.do(command("clients", "3. The node key"))
+        shutil.copy(server.folder / "fedface-server/certificates/ca.crt", device.folder / "fedface")
+        if number == 0:  # not registered yet
+            device.do("! " + command("clients", "5. Start").rstrip() + " 2> ~/refused")
+            assert "register this device's public key" in (device.folder / "refused").read_text()
         shutil.copy(device.folder / "fedface/node.pub", server.folder / "device.pub")
         server.do(f"cd {server.folder}\n" + command("server", "4. Register the devices"))
-        shutil.copy(server.folder / "fedface-server/certificates/ca.crt", device.folder / "fedface")
         shutil.copy(server.folder / "fedface-server/family.yaml", device.folder / "fedface")
     devices[0].do(command("clients", "4. The key for the sums"))
     for device in devices[1:]:
-        (device.folder / "fedface/state").mkdir(mode=0o700)
+        (device.folder / "fedface/state").mkdir(mode=0o700, exist_ok=True)
         shutil.copy2(devices[0].folder / "fedface/state/sum.key", device.folder / "fedface/state/sum.key")
+    waiting = [device.start("exec " + command("clients", "5. Start"), "device") for device in devices]
+
+    # Somebody who has only ca.crt starts a run with their own code.
+    hostile = server.folder / "hostile"
+    hostile.mkdir()
+    for name, content in {"pyproject.toml": HOSTILE_PROJECT, "hostile.py": HOSTILE, "LICENSE": ""}.items():
+        (hostile / name).write_text(content)
+    printed = server.do(f"flwr run {hostile} prod --stream")
+    assert printed.count("answer: expected the records fedface and blobs, got none") == 3
+    assert [home.folder.name for home in homes if (home.folder / "marker").exists()] == ["server"]
     for device in devices:
-        device.start(command("clients", "5. Start"), "device")
+        assert (
+            "train request of round ?: answered with an error" in (device.folder / "device.log").read_text()
+        )
 
     run = server.start(command("server", "6. Run"), "run")
     report = server.folder / "fedface-runs" / "family" / "run.json"
@@ -245,15 +256,8 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
         assert sent.count("update") == 2 and sent.count("metrics") == 2
     assert [sorted(reported["answered"]) for reported in record["device_metrics"]] == [names, names]
 
-    # Then somebody who has only ca.crt starts a run with their own code.
-    hostile = server.folder / "hostile"
-    hostile.mkdir()
-    for name, content in {"pyproject.toml": HOSTILE_PROJECT, "hostile.py": HOSTILE, "LICENSE": ""}.items():
-        (hostile / name).write_text(content)
-    printed = server.do(f"flwr run {hostile} prod --stream")
-    assert printed.count("answer: expected the records fedface and blobs, got none") == 3
-    assert [home.folder.name for home in homes if (home.folder / "marker").exists()] == ["server"]
-    for device in devices:
-        assert (
-            "train request of round ?: answered with an error" in (device.folder / "device.log").read_text()
-        )
+    for process, device in zip(waiting, devices, strict=True):
+        process.terminate()
+        assert process.wait(30) == 0
+        assert "stopped" in (device.folder / "device.log").read_text()
+        assert not list((device.folder / "fedface" / "state").glob("*.secret"))

@@ -1,0 +1,129 @@
+"""Programs that a command starts, watches and stops: their output goes to a file, and none is restarted silently."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from fedface.cli.console import one_line
+from fedface.errors import FederationError
+from fedface.sandbox import end_with_parent
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 60.0  # for a program to listen
+STOP_SECONDS = 10.0  # for a program to end by itself
+
+
+class Child:
+    """One program and the file of its output since this start."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, name: str) -> None:
+        self.name = name
+        self._process, self._log = process, log
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def output(self) -> str:
+        """What it printed, without colours."""
+        return re.sub(r"\x1b\[\d*m", "", self._log.read_text(encoding="utf-8", errors="replace"))
+
+    def why_ended(self) -> str:
+        """A sentence with its exit code, and the reason that it printed."""
+        text = self.output()
+        if (
+            reason := re.search(r"Exit Code: .*?(?=\n\n|\Z)", text, re.DOTALL)
+        ) is not None:  # Flower's programs
+            text = reason[0]
+        how = "did not start" if self.running else f"ended with exit code {self._process.returncode}"
+        return f"{self.name} {how}: {one_line(text)[-600:]}"
+
+    def wait_until(self, condition: Callable[[], bool], *, seconds: float | None = None) -> None:
+        """Return when the condition holds. Raises FederationError if the program ends, or after so many seconds."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while not condition():
+            if not self.running or (end is not None and time.monotonic() > end):
+                raise FederationError(self.why_ended())
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End it, and return when it has ended."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    log: Path,
+    *,
+    folder: Path | None = None,
+    prepare: Callable[[], object] = lambda: None,
+) -> Iterator[Child]:
+    """Start a program, which ends on leaving, and on Linux also when this process is killed.
+
+    Args:
+        command: The program and its arguments; one that is installed beside this Python is found.
+        log: The file of its output, which is replaced.
+        folder: Its working directory.
+        prepare: Called in the new process before the program; on Windows not at all.
+
+    Raises:
+        FederationError: The program is not installed.
+    """
+
+    def prepared() -> None:  # between fork and exec; no other threads may run yet
+        end_with_parent()
+        prepare()
+
+    beside = Path(sys.executable).with_name(command[0])
+    program = str(beside) if beside.exists() else command[0]
+    try:
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder,
+                # Ctrl-C is for this process, which then stops the others in order.
+                start_new_session=True, preexec_fn=prepared if os.name == "posix" else None,
+            )  # fmt: skip
+    except FileNotFoundError as error:
+        raise FederationError(f"{command[0]} is not installed here") from error
+    child = Child(process, log, command[0])
+    try:
+        yield child
+    finally:
+        child.stop()
+
+
+def listens(port: int) -> bool:
+    """Whether a program of this machine listens on a TCP port."""
+    with socket.socket() as probe:
+        return probe.connect_ex((LOOPBACK, port)) == 0
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM, by which services are stopped, raises KeyboardInterrupt as Ctrl-C does."""
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,64 @@
+"""The command `fedface server start`: SuperLink for this machine alone, its executor, and the proxy for devices."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from fedface.cli.child_processes import LOOPBACK, START_SECONDS, listens, started, stopped_by_sigterm
+from fedface.cli.console import say, warn
+from fedface.cli.server_init import PORTS_FILE, Ports
+from fedface.config import read
+from fedface.errors import ConfigError, FederationError
+
+CERTIFICATES = (
+    "--ssl-ca-certfile", "certificates/ca.crt", "--ssl-certfile", "certificates/server.crt",
+    "--ssl-keyfile", "certificates/server.key",
+)  # fmt: skip
+SECRET = ("--superexec-auth-secret-file", "superexec.secret")
+
+
+def server_start(folder: Path) -> None:
+    """Run the server whose folder `fedface server init` wrote; returns after Ctrl-C or SIGTERM.
+
+    Raises:
+        ConfigError: The folder is no server's.
+        FederationError: A port is taken, or one of the programs ended.
+    """
+    if not (folder / PORTS_FILE).is_file():
+        raise ConfigError(f"{folder}: is not the folder of a server; `fedface server init` makes one")
+    ports = read(folder / PORTS_FILE, Ports)
+    for port in (ports.superlink, ports.devices):
+        if listens(port):
+            raise FederationError(f"port {port} is taken by another program; is this server running already?")
+    superlink = (
+        "flower-superlink", "--host", LOOPBACK, "--port", str(ports.superlink), "--database", "superlink.db",
+        "--enable-supernode-auth", "--isolation", "process", *SECRET, *CERTIFICATES,
+        "--disable-runtime-dependency-installation",
+    )  # fmt: skip
+    superexec = (
+        "flower-superexec", "--runtime-api-address", f"localhost:{ports.superlink}",
+        "--root-certificates", "certificates/ca.crt", *SECRET,
+    )  # fmt: skip
+    nginx = ("nginx", "-p", str(folder.resolve()), "-c", "nginx.conf", "-g", "daemon off;")
+    try:
+        with stopped_by_sigterm(), ExitStack() as running:
+            children = [running.enter_context(started(superlink, folder / "superlink.log", folder=folder))]
+            children[0].wait_until(lambda: listens(ports.superlink), seconds=START_SECONDS)
+            say(f"SuperLink listens on {LOOPBACK}:{ports.superlink}, for this machine alone")
+            children.append(
+                running.enter_context(started(superexec, folder / "superexec.log", folder=folder))
+            )
+            try:
+                children.append(running.enter_context(started(nginx, folder / "nginx.log", folder=folder)))
+                children[2].wait_until(lambda: listens(ports.devices), seconds=START_SECONDS)
+                say(f"devices can connect to port {ports.devices}; Ctrl-C stops the server")
+            except FederationError as error:
+                warn(f"only devices of this machine can connect, to port {ports.superlink}: {error}")
+                del children[2:]
+            while all(child.running for child in children):
+                time.sleep(1)
+            raise FederationError(next(child for child in children if not child.running).why_ended())
+    except KeyboardInterrupt:
+        say("stopped; registrations and runs stay in the folder")
