@@ -10,7 +10,7 @@ from fedface.cli.policy_report import CombinedVerdict, PolicyReport, Price, Verd
 from fedface.errors import PolicyRefusal
 from fedface.experiment import Experiment, read_experiment
 from fedface.number_format import format_delta
-from fedface.privacy.budget import Budget, describe_briefly
+from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters, Plan
@@ -85,7 +85,7 @@ def _together(
         fits=short is None,
         refusal=None
         if short is None or alone
-        else f"all requests together need {describe_briefly(short)}, and a run is admitted as a whole",
+        else f"all requests together need {short.describe()}, and a run is admitted as a whole",
         price=_price(plan.total_event(), unit, life, ledger),
     )
 

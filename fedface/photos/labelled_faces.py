@@ -302,18 +302,17 @@ def _landmarks(texts: Sequence[str]) -> np.ndarray | None:
     """
     if not any(texts):
         return None
+    given = f"got {', '.join(texts)[:100]}"
     try:
         points = np.array([float(text) for text in texts]).reshape(5, 2)
     except ValueError as cause:
-        raise ValueError(f"landmarks must be numbers, got {', '.join(texts)[:100]}") from cause
+        raise ValueError(f"landmarks must be numbers, {given}") from cause
     if not np.isfinite(points).all():
-        raise ValueError(f"landmarks must be finite, got {', '.join(texts)[:100]}")
+        raise ValueError(f"landmarks must be finite, {given}")
     if np.abs(points).max() > MAX_COORDINATE:
-        raise ValueError(
-            f"landmarks must lie within {MAX_COORDINATE:.0f} pixels, got {', '.join(texts)[:100]}"
-        )
+        raise ValueError(f"landmarks must lie within {MAX_COORDINATE:.0f} pixels, {given}")
     if alignment_side(points) < 2.0:
-        raise ValueError(f"eyes and mouth must be a pixel apart, got {', '.join(texts)[:100]}")
+        raise ValueError(f"eyes and mouth must be a pixel apart, {given}")
     alignment_square(points)
     return points
 

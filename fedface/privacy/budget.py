@@ -49,19 +49,10 @@ class BudgetExceeded:
         """All numbers in one phrase that can follow "requests"."""
         limit = self.budget
         return (
-            f"epsilon {self.requested:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
-            f"(together {self.together:.3f}, delta {format_delta(limit.delta)}, per {limit.unit} {limit.period})"
+            f"{format_upper_bound(self.requested)}; {format_upper_bound(self.spent)} of {limit.epsilon:g} is already "
+            f"spent (together {format_upper_bound(self.together)}; every epsilon here at delta "
+            f"{format_delta(limit.delta)}, per {limit.unit} {limit.period})"
         )
-
-
-def describe_briefly(short: BudgetExceeded) -> str:
-    """The exceeded budget, as a phrase that can follow "requests"; every epsilon is an upper bound and says so."""
-    limit = short.budget
-    return (
-        f"{format_upper_bound(short.requested)}; {format_upper_bound(short.spent)} of {limit.epsilon:g} is already "
-        f"spent (together {format_upper_bound(short.together)}; every epsilon here at delta "
-        f"{format_delta(limit.delta)}, per {limit.unit} {limit.period})"
-    )
 
 
 def overspending(spent: float, limit: Budget, *, no_dp_allowed: bool) -> str | None:

@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple
 
 from fedface.errors import PolicyRefusal
 from fedface.number_format import format_delta
-from fedface.privacy.budget import Budget, describe_briefly
+from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import LedgerEntry, PlannedRound, is_run_name, metrics_ledger_key
 from fedface.privacy.participation_conditions import (
@@ -251,7 +251,7 @@ class DevicePolicy:
         if short is not None:
             rounds = sum(part.schedule.rounds for part in planned.releases.parts)
             raise PolicyRefusal(
-                f"over {rounds} round{'' if rounds == 1 else 's'} this run requests {describe_briefly(short)}",
+                f"over {rounds} round{'' if rounds == 1 else 's'} this run requests {short.describe()}",
                 advice="Lower the rounds, raise the noise, or ask the owner of this device for a larger budget.",
             )
         short = ledger.check_round(planned, periods)
@@ -261,9 +261,7 @@ class DevicePolicy:
                 if short.requested > short.budget.epsilon
                 else "Try again later."
             )
-            raise PolicyRefusal(
-                f"with one more round this run requests {describe_briefly(short)}", advice=later
-            )
+            raise PolicyRefusal(f"with one more round this run requests {short.describe()}", advice=later)
 
     def record(
         self,

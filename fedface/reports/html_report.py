@@ -86,6 +86,7 @@ def render(record: RunRecord, folder: Path) -> str:
         percent=number_format.percent,
         counted=number_format.counted,
     )
+    cost, noise_at = formatting.spent(record), record.plan.dp_parameters.noise_at
     attacks = disclosures.applicable_attacks(record)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -99,8 +100,8 @@ def render(record: RunRecord, folder: Path) -> str:
         guarantee=formatting.privacy_guarantee(record.plan),
         adjacency=formatting.adjacency(record.plan.dp_parameters.unit),
         covers=describe_unit(record.plan.dp_parameters.unit),
-        meaning=_meaning(record),
-        spent=str(formatting.spent(record)),
+        meaning=formatting.meaning(cost, noise_at=noise_at) if isinstance(cost, Epsilon) else "",
+        spent=str(cost),
         turnout=_turnout(record),
         refusals=_refusals(record),
         curves=_curves(record),
@@ -164,13 +165,6 @@ def _when(record: RunRecord) -> str:
     started = datetime.fromisoformat(record.started)
     lasted = (datetime.fromisoformat(record.finished) - started).total_seconds()
     return f"{started.day} {started:%B %Y, %H:%M} UTC, {number_format.seconds(max(lasted, 0.0))}"
-
-
-def _meaning(record: RunRecord) -> str:
-    cost = formatting.spent(record)
-    if isinstance(cost, Epsilon):
-        return formatting.meaning(cost, noise_at=record.plan.dp_parameters.noise_at)
-    return ""
 
 
 def _turnout(record: RunRecord) -> list[dict[str, str]]:
