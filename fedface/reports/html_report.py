@@ -87,7 +87,9 @@ def render(record: RunRecord, folder: Path) -> str:
         counted=number_format.counted,
     )
     cost, noise_at = formatting.spent(record), record.plan.dp_parameters.noise_at
-    attacks = disclosures.applicable_attacks(record)
+    attacks, ceilings = disclosures.applicable_attacks(record), []
+    if attacks and record.plan.dp_parameters.is_private:
+        ceilings = [formatting.ceilings_sentence(record.plan, attacks[0].identification.candidates)]
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         record=record,
@@ -121,7 +123,7 @@ def render(record: RunRecord, folder: Path) -> str:
                 formatting.identification_sentence(attack.identification, attack.scores.defense)
                 for attack in attacks
             ),
-            *_ceilings(record, attacks),
+            *ceilings,
             *(formatting.inversion_sentence(attack.scores) for attack in attacks),
         ],
         no_limits=model_card.NO_LIMITS,
@@ -325,12 +327,6 @@ def _bias_table(
         rows.append({"group": name, "color": TONE_COLORS.get(name, ""), "lines": lines})
     heads = [(formatting.title_of(name), formatting.unit_of(name)) for name in metrics]
     return {"heads": heads, "rows": rows}
-
-
-def _ceilings(record: RunRecord, attacks: Sequence[AttackRecord]) -> list[str]:
-    if not attacks or not record.plan.dp_parameters.is_private:
-        return []
-    return [formatting.ceilings_sentence(record.plan, attacks[0].identification.candidates)]
 
 
 def _attacks(attacks: Sequence[AttackRecord]) -> list[dict[str, object]]:

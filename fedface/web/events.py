@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from fedface.photos.skin_tone import measure_tone
 from fedface.reports.charts import face_grid, pixels_of
-from fedface.tensor_types import Images
 from fedface.upsampling.degradation import BicubicPulse
 from fedface.upsampling.upsampler import pixel_std
 from fedface.web.background_job import BackgroundSearch, Failed, Finished, Stopped
-from fedface.web.image_encoding import data_uri, shown, spread_of
+from fedface.web.image_encoding import data_uri, shown, spread_record
 
 TONE = (
     "Tone is the skin tone estimated from the picture, on the Monk scale from 1 (light) to 10 (dark); it includes "
@@ -116,17 +115,12 @@ def _result_record(search: BackgroundSearch, finished: Finished, context: Result
     ]
     return {
         "faces": faces,
-        "spread": _spread_record(images) if context.several and len(images) > 1 else None,
+        "spread": spread_record(images) if context.several and len(images) > 1 else None,
         "tone": round(float(measure_tone(search.truth).monk[0]), 1) if context.face else None,
         "seconds": round(finished.seconds, 1),
         "steps": upsampled.steps,
         "sentences": _sentences(context, side, images.shape[-1], fits),
     }
-
-
-def _spread_record(images: Images) -> dict[str, Any]:
-    spread = spread_of(images)
-    return {"picture": data_uri(spread.picture), "most": round(spread.most), "mean": round(spread.mean, 1)}
 
 
 def _sentences(context: ResultContext, side: int, size: int, fits: list[bool]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +15,6 @@ from fedface.tensor_types import Images
 from fedface.upsampling.upsampler import pixel_std
 
 SHOWN = 256  # pixels a side of a face on the page, at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """The per-pixel standard deviation of several faces for the same pixels."""
-
-    picture: np.ndarray  # uint8, shape (h, w): the standard deviation, scaled so that the maximum is white
-    most: float  # the largest standard deviation, in levels of 0 to 255
-    mean: float  # the mean over the picture, in levels of 0 to 255
 
 
 def images_of(pixels: np.ndarray) -> Images:
@@ -48,13 +39,17 @@ def data_uri(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(png_bytes(pixels, software=SOFTWARE)).decode("ascii")
 
 
-def spread_of(images: Images) -> Spread:
-    """The standard deviation between faces (f, 3, s, s) as an image; black if the faces are equal."""
+def spread_record(images: Images) -> dict[str, Any]:
+    """For JSON: the standard deviation between faces (f, 3, s, s) as a picture, its maximum and its mean.
+
+    The picture is scaled so that the maximum is white; it is black if the faces are equal. The numbers are in levels
+    of 0 to 255.
+    """
     apart = pixel_std(images)
     most = float(apart.max())
-    bright = apart / most if most > 0 else apart
-    return Spread(
-        picture=(bright * 255.0).round().to(torch.uint8).numpy(),
-        most=255.0 * most,
-        mean=255.0 * float(apart.mean()),
-    )
+    picture = (apart / (most or 1.0) * 255.0).round().to(torch.uint8).numpy()
+    return {
+        "picture": data_uri(picture),
+        "most": round(255.0 * most),
+        "mean": round(255.0 * float(apart.mean()), 1),
+    }
