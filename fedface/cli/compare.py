@@ -31,19 +31,14 @@ def compare(
     from fedface.cli.tables import print_comparison
     from fedface.coordinator.compare_runs import compare_runs
     from fedface.coordinator.run_folder import new_folder, resume_comparison
-    from fedface.experiment import RemoteDevices
-    from fedface.public_data.labelled_sets import check_sources
+    from fedface.public_data.labelled_sets import check_simulated
     from fedface.simulation.in_process import in_process_cohort
     from fedface.sweep import read_sweep
 
     changes = parse_changes(set)
     sweep = read_sweep(experiment, photos=photos, changes=changes)
     for variant in sweep.variants:
-        if isinstance(variant.experiment.devices, RemoteDevices):
-            raise ConfigError(
-                f"{experiment}: needs remote devices; a comparison needs simulated devices, whose photos it can use"
-            )
-        check_sources(variant.experiment)
+        check_simulated(variant.experiment, experiment)
     # Devices train in parallel, one thread each: small networks gain nothing from a second one.
     torch.set_num_threads(1)
     folder = resume_comparison(sweep.name, out) if resume else new_folder(sweep.name, out)

@@ -10,7 +10,7 @@ import typer
 from fedface.atomic_io import locked_folder
 from fedface.cli.console import note, print_json, progress_bars
 from fedface.cli.options import JsonOption, PhotosOption, SetOption, command_line, parse_changes
-from fedface.errors import ConfigError, RunError
+from fedface.errors import RunError
 
 
 def rank_models(
@@ -37,18 +37,15 @@ def rank_models(
     from fedface.cli.tables import print_ranking
     from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
     from fedface.coordinator.run_folder import new_folder, resume_ranking
-    from fedface.experiment import RemoteDevices, devices_folder, for_ranking, read_experiment
+    from fedface.experiment import devices_folder, for_ranking, read_experiment
     from fedface.number_format import format_delta
     from fedface.privacy.privacy_target import PrivacyTarget
-    from fedface.public_data.labelled_sets import check_sources
+    from fedface.public_data.labelled_sets import check_simulated
     from fedface.simulation.in_process import in_process_cohort
 
     changes = parse_changes(set)
     recipe = for_ranking(read_experiment(experiment, photos=photos, changes=changes))
-    if isinstance(recipe.devices, RemoteDevices):
-        raise ConfigError(
-            f"{experiment}: needs remote devices; start it as in server/README.md, or use simulated devices"
-        )
+    check_simulated(recipe, experiment)
     models = load_candidates(candidates, recipe)
     # An impossible privacy target is refused before a folder is created.
     dp = ranking_parameters(recipe, len(models))
@@ -63,7 +60,6 @@ def rank_models(
     folder = resume_ranking(name, out) if resume else new_folder(name, out)
     if not resume and (folder / "metrics.json").exists():
         raise RunError(f"{folder}: contains a ranking; continue it with --resume, or choose another folder")
-    check_sources(recipe)
     with locked_folder(folder, "ranking"), progress_bars() as bars:
         record = run_ranking(
             recipe,

@@ -10,7 +10,6 @@ import typer
 from fedface.atomic_io import locked_folder
 from fedface.cli.console import print_json, progress_bars, say
 from fedface.cli.options import JsonOption, PhotosOption, SetOption, command_line, parse_changes
-from fedface.errors import ConfigError
 
 
 def run(
@@ -33,20 +32,16 @@ def run(
     from fedface.coordinator.run import initialize_run, run_experiment
     from fedface.coordinator.run_folder import new_folder, resume_run
     from fedface.coordinator.run_state import weights_path
-    from fedface.experiment import RemoteDevices, devices_folder, read_experiment
-    from fedface.public_data.labelled_sets import check_sources
+    from fedface.experiment import devices_folder, read_experiment
+    from fedface.public_data.labelled_sets import check_simulated
     from fedface.simulation.in_process import in_process_cohort
 
     changes = parse_changes(set)
     recipe = read_experiment(experiment, photos=photos, changes=changes)
-    if isinstance(recipe.devices, RemoteDevices):
-        raise ConfigError(
-            f"{experiment}: needs remote devices; start it as in server/README.md, or use simulated devices"
-        )
+    check_simulated(recipe, experiment)
     # Devices and searches run in parallel, one thread each: small networks gain nothing from a second one.
     torch.set_num_threads(1)
     folder = resume_run(recipe.name, out) if resume else new_folder(recipe.name, out)
-    check_sources(recipe)
     with locked_folder(folder, "run"), progress_bars() as bars:
         if not resume:
             initialize_run(recipe, folder)

@@ -7,17 +7,22 @@ from pathlib import Path
 
 import torch
 
-from fedface.errors import LibraryError
-from fedface.experiment import Experiment, LabelledDevices, LabelledProbe
+from fedface.errors import ConfigError, LibraryError
+from fedface.experiment import Experiment, LabelledDevices, LabelledProbe, RemoteDevices
 from fedface.photos.labelled_faces import LabelledFaces, labelled_sets
 
 
-def check_sources(experiment: Experiment) -> None:
-    """Check that the experiment's labelled photos exist, before a run starts.
+def check_simulated(experiment: Experiment, file: Path) -> None:
+    """Check before a run that its devices are simulated, and that their labelled photos exist.
 
     Raises:
+        ConfigError: The experiment, read from `file`, needs remote devices.
         LibraryError: A folder is missing or holds no labelled photos.
     """
+    if isinstance(experiment.devices, RemoteDevices):
+        raise ConfigError(
+            f"{file}: needs remote devices; start it as in server/README.md, or use simulated devices"
+        )
     for part in (experiment.devices, experiment.probe):
         if isinstance(part, LabelledDevices | LabelledProbe):
             find_labelled_set(part.folder, part.set)
