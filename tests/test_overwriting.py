@@ -109,7 +109,7 @@ def test_a_folder_of_one_kind_is_not_one_of_another(tmp_path: Path) -> None:
         with locked_folder(tmp_path / "ours", "run"):
             (tmp_path / "ours" / "state.json").write_text("{}")
     with (
-        pytest.raises(RunError, match="no folder of a benchmark"),
+        pytest.raises(RunError, match="not the folder of a benchmark"),
         locked_folder(tmp_path / "ours", "benchmark"),
     ):
         pass
