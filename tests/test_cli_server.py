@@ -29,6 +29,7 @@ def test_a_server_gets_certificates_a_secret_and_a_proxy(fedface: Callable, tmp_
     folder = tmp_path / "server"
     printed = fedface(folder, "fedface.example.org", "192.0.2.7").out
     assert "the address fedface.example.org:8443" in printed and "ca.key off this machine" in printed
+    assert folder.stat().st_mode & 0o777 == 0o700
     for name in ("certificates/ca.key", "certificates/server.key", "superexec.secret"):
         assert (folder / name).stat().st_mode & 0o777 == 0o600
     authority, server = (

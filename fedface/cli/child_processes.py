@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -84,7 +85,7 @@ def started(
         prepare: Called in the new process before the program; on Windows not at all.
 
     Raises:
-        FederationError: The program is not installed.
+        FederationError: The program is not installed, or runs already with this log.
     """
 
     def prepared() -> None:  # between fork and exec; no other threads may run yet
@@ -94,7 +95,15 @@ def started(
     beside = Path(sys.executable).with_name(command[0])
     program = str(beside) if beside.exists() else command[0]
     try:
-        with log.open("wb") as out:
+        with log.open("ab") as out:
+            # The program inherits the lock with the file and holds it until it ends, even if this process is killed.
+            try:
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise FederationError(
+                    f"{command[0]} is running already and writes {log}; stop it first"
+                ) from error
+            out.truncate(0)
             process = subprocess.Popen(
                 [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder,
                 # Ctrl-C is for this process, which then stops the others in order.

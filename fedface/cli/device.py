@@ -35,7 +35,7 @@ UnitOption = Annotated[
 
 
 @device.command(
-    "keygen", epilog=example("fedface device keygen ~/fedface-state/sum.key --experiment family.yaml")
+    "keygen", epilog=example("fedface device keygen ~/fedface/state/sum.key --experiment family.yaml")
 )
 def keygen(
     out: Annotated[Path, typer.Argument(help="The key file to write, readable only by you.")],

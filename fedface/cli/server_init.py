@@ -85,6 +85,7 @@ def server_init(folder: Path, hosts: list[str], port: int, superlink_port: int) 
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is not empty, and nothing in it is replaced; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     make_certificates(folder / "certificates", hosts)
     create_bytes(folder / "superexec.secret", secrets.token_hex(32).encode())
     ports = Ports(devices=port, superlink=superlink_port)

@@ -31,6 +31,13 @@ def test_every_link_and_picture_of_a_page_exists(page: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    """Each guarantee of docs/threats.md has one."""
+    named = re.findall(r"`(tests/[\w/]+\.py)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def shown_commands(text: str) -> list[str]:
     """Every `fedface ...` line of code: inline code, and lines of code blocks with continued lines joined."""
     text = text.replace("\\\n", " ")
