@@ -24,7 +24,12 @@ from fedface.cli.child_processes import (
 )
 from fedface.cli.console import say
 from fedface.config import local_path
-from fedface.device.config import DeviceConfig, is_accessible_to_others, read_device_config
+from fedface.device.config import (
+    DeviceConfig,
+    check_state_folder,
+    is_accessible_to_others,
+    read_device_config,
+)
 from fedface.errors import ConfigError, FederationError
 from fedface.photos.photo_index import default_cache
 from fedface.sandbox import restrict
@@ -46,7 +51,7 @@ def device_start(path: Path) -> None:
     state = local_path(config.state, home)
     _check_files(path, certificate, key)
     _check_server(path, config.server, certificate)
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_state_folder(path, state)
     _log_to_stderr()
     try:
         with stopped_by_sigterm(), _supernode(config, certificate, key, state) as (node, port, secret):

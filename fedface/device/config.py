@@ -98,6 +98,15 @@ def read_device_config(path: Path) -> DeviceConfig:
     return config
 
 
+def check_state_folder(path: Path, state: Path) -> None:
+    """Raises ConfigError if a device has no state folder: a disk that is not mounted must not begin a new ledger."""
+    if not state.is_dir():
+        raise ConfigError(
+            f"{path}: state: there is no folder {state}. If this device has answered before, mount or restore it: it "
+            f"records what these photos have paid. Otherwise create it: mkdir -m 700 {state}"
+        )
+
+
 def is_accessible_to_others(place: Path) -> bool:
     """Whether the mode of a file or folder lets other users read or write it."""
     return os.name == "posix" and place.exists() and bool(place.stat().st_mode & 0o077)

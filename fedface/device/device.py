@@ -14,6 +14,7 @@ from fedface.device.config import (
     KEY_FILE,
     LEDGER_FILE,
     DeviceConfig,
+    check_state_folder,
     missing_policy_folders,
     read_device_config,
     register_index,
@@ -70,20 +71,14 @@ def load_device(path: Path) -> Device:
     (`fedface photos scan`), with the same detector.
 
     Raises:
-        ConfigError: As for `read_device_config`.
+        ConfigError: As for `read_device_config`, or there is no state folder: a disk that is not mounted must not begin
+            a new ledger.
     """
     config = read_device_config(path)
     folder, state = config.photos, config.state
     for lost in missing_policy_folders(config.policy, folder):
         log.warning("%s: policy.%s", path, lost.describe())
-    if not state.exists():
-        log.warning(
-            "%s: creating a new state folder at %s; if this file or its folder was moved, earlier privacy losses of "
-            "these photos are not recorded there",
-            path,
-            state,
-        )
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_state_folder(path, state)
     index = PhotoIndex(default_cache(folder))
 
     def ready() -> None:

@@ -105,10 +105,10 @@ class PhotoLibrary:
                 "SELECT number, path, content FROM photo WHERE detector = ? AND face_count > 0 AND face_side >= ?"
                 " ORDER BY path"
             )
-            first: dict[bytes, int] = {}
+            first: dict[int, int] = {}  # two photos with one label would count as one unit twice
             for number, name, content in connection.execute(query, (chosen, selection.min_face_side)):
                 if selection.allows(Path(os.fsdecode(name))):
-                    first.setdefault(content, number)
+                    first.setdefault(_label(content), number)
             self._rows = np.array(list(first.values()), dtype=np.int64)
         self.detector = chosen
         if len(self._rows) == 0:
@@ -160,7 +160,7 @@ class PhotoLibrary:
     def photo_labels(self) -> np.ndarray:
         """A stable number for each photo, int64 (n,), >= 0: a hash of its file, wherever it lies."""
         own, signatures = self._all_read()
-        return np.array([_label(signatures[place]) for place in own], dtype=np.int64)
+        return np.array([_label(signatures[place].content) for place in own], dtype=np.int64)
 
     def occasion_labels(self, rule: OccasionRule = DEFAULT_RULE) -> np.ndarray:
         """The smallest label of a photo in the occasion of each photo, int64 (n,).
@@ -171,7 +171,7 @@ class PhotoLibrary:
         own, signatures = self._all_read()
         groups = group(signatures, rule)
         smallest = np.full(len(signatures), np.iinfo(np.int64).max)
-        np.minimum.at(smallest, groups, np.array([_label(one) for one in signatures], dtype=np.int64))
+        np.minimum.at(smallest, groups, np.array([_label(one.content) for one in signatures], dtype=np.int64))
         return np.asarray(smallest[groups[own]])
 
     def _all_read(self) -> tuple[np.ndarray, list[PhotoSignature]]:
@@ -185,8 +185,8 @@ class PhotoLibrary:
         return own, signatures
 
 
-def _label(signature: PhotoSignature) -> int:
-    return int.from_bytes(signature.content[:8], "big") >> 1
+def _label(content: bytes) -> int:
+    return int.from_bytes(content[:8], "big") >> 1
 
 
 def summary(folder: Path, *, cache: Path | None = None, detector: str | None = None) -> LibrarySummary:

@@ -68,8 +68,8 @@ class FileStamp:
 
     @staticmethod
     def of(status: os.stat_result) -> FileStamp:
-        """From `os.stat` or a directory entry."""
-        return FileStamp(bytes=status.st_size, changed=status.st_mtime_ns)
+        """From `os.stat` or a directory entry; a time that the index cannot hold becomes the nearest that it can."""
+        return FileStamp(bytes=status.st_size, changed=min(max(status.st_mtime_ns, -(2**63)), 2**63 - 1))
 
 
 @dataclass(frozen=True, kw_only=True)

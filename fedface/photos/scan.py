@@ -18,7 +18,7 @@ from fedface.errors import LibraryError, PhotoError
 from fedface.photos.face_alignment import Detector
 from fedface.photos.image_io import Photo, PhotoUnreadable, classify_file, content_hash, shrink
 from fedface.photos.occasions import fingerprint
-from fedface.photos.photo_files import walk
+from fedface.photos.photo_files import FoundFile, walk
 from fedface.photos.photo_index import FileStamp, PhotoIndex, PhotoRecord, ScanWriter, default_cache
 from fedface.photos.sandboxed_decoder import SandboxedDecoder
 from fedface.photos.training_crops import MAX_STORED_SIDE, PhotoSelection, decode_side, training_crop
@@ -169,29 +169,44 @@ class _Scan:
         for found in walk(self._root, self._skipped):
             self.files += 1
             name = found.path.relative_to(self._root)
-            if found.status is None:
-                self._refused += 1
-                self._write(PhotoRecord(path=name, state=NO_STATE, status="refused", reason=found.reason))
+            try:
+                needed = self._needs_decoding(found, name)
+            except (ArithmeticError, TypeError, ValueError) as error:
+                # One broad net: an odd file must cost that file, not the device's whole library.
+                log.warning("%s: it cannot be examined (%r)", name, error)
+                self._refuse(name, NO_STATE, f"it cannot be examined ({error!r})")
                 continue
-            state = FileStamp.of(found.status)
-            if self._writer.still_holds(name, state):
-                self._reused += 1
-                known = None if self._cropper is None else self._cropper.missing(name)
-                if known is None:
-                    self._report(name)
-                else:
-                    self._uncropped[found.path] = known
-                    yield found.path
-                continue
-            match classify_file(found.path):
-                case "picture":
-                    self._stamps[found.path] = state
-                    yield found.path
-                case "made by fedface":
-                    self._write(PhotoRecord(path=name, state=state, status="own"))
-                case "other":
-                    self._other += 1
-                    self._write(PhotoRecord(path=name, state=state, status="other"))
+            if needed:
+                yield found.path
+
+    def _needs_decoding(self, found: FoundFile, name: Path) -> bool:
+        """Whether a file has to be decoded; if not, it is recorded now."""
+        if found.status is None:
+            self._refuse(name, NO_STATE, found.reason)
+            return False
+        state = FileStamp.of(found.status)
+        if self._writer.still_holds(name, state):
+            self._reused += 1
+            known = None if self._cropper is None else self._cropper.missing(name)
+            if known is None:
+                self._report(name)
+                return False
+            self._uncropped[found.path] = known
+            return True
+        match classify_file(found.path):
+            case "picture":
+                self._stamps[found.path] = state
+                return True
+            case "made by fedface":
+                self._write(PhotoRecord(path=name, state=state, status="own"))
+            case "other":
+                self._other += 1
+                self._write(PhotoRecord(path=name, state=state, status="other"))
+        return False
+
+    def _refuse(self, name: Path, state: FileStamp, reason: str) -> None:
+        self._refused += 1
+        self._write(PhotoRecord(path=name, state=state, status="refused", reason=reason))
 
     def record(self, path: Path, photo: Photo | PhotoError) -> None:
         """Find the faces of a decoded photo and record it, or record why it was refused."""
@@ -209,10 +224,8 @@ class _Scan:
             except PhotoError as error:
                 photo = error
         if isinstance(photo, PhotoError):
-            self._refused += 1
             # Without its stamp the file counts as changed, and the next scan tries it again.
-            state = NO_STATE if isinstance(photo, PhotoUnreadable) else state
-            self._write(PhotoRecord(path=name, state=state, status="refused", reason=str(photo)))
+            self._refuse(name, NO_STATE if isinstance(photo, PhotoUnreadable) else state, str(photo))
             return
         pixels = shrink(photo.pixels, DETECTION_SIDE)
         try:
@@ -235,9 +248,7 @@ class _Scan:
             )
         except Exception as error:
             # One broad net: a picture on which a detector fails must not end the scan of all others.
-            self._refused += 1
-            reason = f"the face detector failed on it ({type(error).__name__})"
-            self._write(PhotoRecord(path=name, state=state, status="refused", reason=reason))
+            self._refuse(name, state, f"the face detector failed on it ({type(error).__name__})")
             return
         self._read += 1
         self._faces += len(faces)

@@ -4,7 +4,8 @@ One append-only, hash-chained file on the device's own disk, for the whole life 
 recorded before it is computed, its reply is stored before it is sent, and each payload is recorded before it leaves.
 A repeated request gets the same bytes instead of a second release. A release without a stored reply never left, but the
 server sees that no reply came, and the content of the photos may be the cause (a picture that fills the memory). Power
-fails too, so `FREE_ATTEMPTS` computations may begin on one entry; the next one needs a new entry.
+fails too, so `FREE_ATTEMPTS` computations may begin on one entry, and `FREE_RETRIES` beside the first ones in a whole run;
+the next one needs a new entry.
 
 A run is recorded as a whole with its first release, and may then request what was recorded and nothing else. Costs are
 computed when they are read, see privacy/spending.py.
@@ -56,6 +57,7 @@ from fedface.privacy_units import Unit, unit_named
 
 CACHED_REPLIES = 16  # of the latest runs; bytes of older ones are deleted
 FREE_ATTEMPTS = 3  # computations that may begin on one entry before a reply is stored
+FREE_RETRIES = 6  # computations of a run that may begin beside the first of each entry
 
 _REPLIES = "CREATE TABLE replies (record INTEGER PRIMARY KEY, run TEXT NOT NULL, body BLOB NOT NULL)"
 _WORK = "CREATE TABLE work (run TEXT PRIMARY KEY, seconds REAL NOT NULL)"
@@ -377,7 +379,7 @@ class Ledger:
         if not entries or (entries[-1].event, entries[-1].metadata) != same:
             return None
         last = entries[-1]
-        used = self._stored_reply(page, [last]) is not None or _attempts(page, last) >= FREE_ATTEMPTS
+        used = self._stored_reply(page, [last]) is not None or self._is_used_up(page, last)
         return None if used else last
 
     def _append_entry(
@@ -420,9 +422,10 @@ class Ledger:
                 raise LedgerError(f"round {round} of {run} was never recorded; no photo may be opened for it")
             if self._stored_reply(page, entries[attempt - 1 :]) is not None:
                 raise LedgerError(f"round {round} of {run} has a reply already; send the stored one")
-            if _attempts(page, entries[attempt - 1]) >= FREE_ATTEMPTS:
+            if self._is_used_up(page, entries[attempt - 1]):
+                begun = _attempts(page, entries[attempt - 1])
                 raise LedgerError(
-                    f"round {round} of {run} was begun {FREE_ATTEMPTS} times without a reply; "
+                    f"round {round} of {run} was begun {begun} times without a reply, and no repetition is free any more; "
                     "the next request needs a new entry"
                 )
             page.append(Attempt.KIND, {}, entry=entries[attempt - 1].number)
@@ -639,6 +642,19 @@ class Ledger:
                 f"the ledger {self._chain.path} was altered: the reply to round {round} of {run} is another"
             )
         return next(entry for entry in entries if entry.number == reply.entry), bytes(row[0])
+
+    def _is_used_up(self, page: Transaction, entry: LedgerEntry) -> bool:
+        """Whether no further computation may begin on an entry without a reply."""
+        begun = _attempts(page, entry)
+        return begun >= FREE_ATTEMPTS or (begun > 0 and self._retries(page, entry.run) >= FREE_RETRIES)
+
+    def _retries(self, page: Transaction, run: str) -> int:
+        """How many computations of a run were begun beside the first of each entry."""
+        entries = {entry.number for entry in self._all_entries(page) if entry.run == run}
+        begun = [
+            record.entry for record in page.records if record.kind == Attempt.KIND and record.entry in entries
+        ]
+        return len(begun) - len(set(begun))
 
 
 def _attempts(page: Transaction, entry: LedgerEntry) -> int:

@@ -61,11 +61,12 @@ def noised(monkeypatch: pytest.MonkeyPatch) -> Noised:
     """Every sum to which noise is added, with its mechanism; the sums are not changed."""
     seen: Noised = []
 
-    def noise(self: GaussianSum, total: torch.Tensor, secret: object) -> torch.Tensor:
-        seen.append((self, total.clone()))
+    def noise(total: torch.Tensor, mechanism: GaussianSum, secret: object) -> torch.Tensor:
+        seen.append((mechanism, total.clone()))
         return total
 
-    monkeypatch.setattr(GaussianSum, "noise", noise)
+    for module in ("coordinator.aggregate", "training.dp_sgd"):
+        monkeypatch.setattr(f"fedface.{module}.add_noise", noise)
     return seen
 
 

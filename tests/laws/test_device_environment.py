@@ -49,6 +49,7 @@ policy: {max_epsilon: 20, delta: 1e-3, min_cohort_size: 2, protocols: [plain]}
 def test_a_device_answers_a_task_without_the_optional_packages(tmp_path: Path) -> None:
     """The installed ClientApp is imported and trains, in a process that cannot import any of them."""
     (tmp_path / "device.yaml").write_text(DEVICE)
+    (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "photos").mkdir()
     message = to_message(train_task(tiny_experiment(tmp_path / "run"), tiny_gan()))
     (tmp_path / "task.json").write_text(json.dumps([message.header, *message.blobs]))

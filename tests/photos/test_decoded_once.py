@@ -136,6 +136,7 @@ def test_a_device_decodes_each_photo_once_and_only_its_owner_may_read_the_crops(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "indexes"))
     (tmp_path / "device.yaml").write_text(DEVICE)
+    (tmp_path / "state").mkdir(mode=0o700)
     rounds = [load_device(tmp_path / "device.yaml").photos(32) for _ in range(2)]
     assert len(rounds[0]) > 0 and rounds[0].images.equal(rounds[1].images)
     assert decoded == {"a.png": 1, "b.jpg": 1, "c.png": 1}

@@ -12,7 +12,7 @@ from priced import DELTA, EVENT, cost_of, one_sum, record_run
 
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.budget import Budget
-from fedface.privacy.ledger import FREE_ATTEMPTS, Ledger
+from fedface.privacy.ledger import FREE_ATTEMPTS, FREE_RETRIES, Ledger
 from fedface.privacy.renyi_filter import filter_epsilon
 
 ROOM = Budget(epsilon=1e4, delta=DELTA)
@@ -118,6 +118,20 @@ def test_rounds_and_runs_are_counted_separately(ledger: Ledger) -> None:
             entry = record_run(ledger, [ROOM], run=run, round=round, terms=one_sum(rounds=2))
             ledger.record_attempt(run, round, attempt=entry.attempt)
     assert len(ledger.entries()) == 4
+
+
+def test_six_repetitions_are_free_in_a_whole_run(ledger: Ledger) -> None:
+    """Whoever kills a computation in each of many rounds pays for it: a kill may depend on the photos."""
+    assert FREE_RETRIES == 6
+    many = one_sum(rounds=9)
+    attempts = []
+    for round in range(1, 8):
+        for _ in range(2):
+            entry = book(ledger, [ROOM], run="r", round=round, terms=many)
+            ledger.record_attempt("r", round, attempt=entry.attempt)
+        attempts.append(entry.attempt)
+    assert attempts == [1, 1, 1, 1, 1, 1, 2]
+    assert book(ledger, [ROOM], run="other", round=1).attempt == 1
 
 
 def test_an_attempt_needs_a_record(ledger: Ledger) -> None:
