@@ -27,6 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A device's folder with everything that it needs to start."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
+    (tmp_path / "state").mkdir(mode=0o700)
     make_certificates(tmp_path / "certificates", ["fedface.example.org"])
     (tmp_path / "certificates" / "ca.crt").rename(tmp_path / "ca.crt")
     make_node_key(tmp_path / "node")
@@ -65,4 +66,4 @@ def test_a_certificate_that_is_none_is_refused(fedface, home: Path) -> None:  # 
 
 def test_a_server_that_cannot_be_reached_is_named(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
     assert "cannot be reached (Connection refused)" in fedface("device.yaml").sentence
-    assert not (home / "state").exists()
+    assert not list((home / "state").iterdir())

@@ -4,8 +4,8 @@ One append-only, hash-chained file on the device's own disk, for the whole life 
 recorded before it is computed, its reply is stored before it is sent, and each payload is recorded before it leaves.
 A repeated request gets the same bytes instead of a second release. A release without a stored reply never left, but the
 server sees that no reply came, and the content of the photos may be the cause (a picture that fills the memory). Power
-fails too, so `FREE_ATTEMPTS` computations may begin on one entry, and `FREE_RETRIES` beside the first ones in a whole run;
-the next one needs a new entry.
+fails too, so `FREE_ATTEMPTS` computations may begin on one entry, and `FREE_RETRIES` beside the first ones in a whole
+run; the next one needs a new entry.
 
 A run is recorded as a whole with its first release, and may then request what was recorded and nothing else. Costs are
 computed when they are read, see privacy/spending.py.
@@ -425,8 +425,8 @@ class Ledger:
             if self._is_used_up(page, entries[attempt - 1]):
                 begun = _attempts(page, entries[attempt - 1])
                 raise LedgerError(
-                    f"round {round} of {run} was begun {begun} times without a reply, and no repetition is free any more; "
-                    "the next request needs a new entry"
+                    f"round {round} of {run} was begun {begun} times without a reply, and no repetition is free any "
+                    "more; the next request needs a new entry"
                 )
             page.append(Attempt.KIND, {}, entry=entries[attempt - 1].number)
 

@@ -16,7 +16,7 @@ from fedface.photos.photo_index import FileStamp
 from fedface.photos.scan import scan_library
 from fedface.photos.training_crops import PhotoSelection
 
-POINTS = ((2.0, 2.0), (5.0, 2.0), (3.5, 4.0), (2.0, 6.0), (5.0, 6.0))
+POINTS = np.array([(20.0, 20.0), (40.0, 20.0), (30.0, 30.0), (22.0, 42.0), (38.0, 42.0)])
 
 
 class Finds:
@@ -25,7 +25,7 @@ class Finds:
     name = "finds"
 
     def find(self, pixels: np.ndarray) -> list[Face]:
-        return [Face((0, 0, 8, 8), POINTS, 1.0)]
+        return [Face((0, 0, 60, 60), POINTS, 1.0)]
 
 
 @pytest.fixture

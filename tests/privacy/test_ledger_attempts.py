@@ -127,11 +127,11 @@ def test_six_repetitions_are_free_in_a_whole_run(ledger: Ledger) -> None:
     attempts = []
     for round in range(1, 8):
         for _ in range(2):
-            entry = book(ledger, [ROOM], run="r", round=round, terms=many)
+            entry = record_run(ledger, [ROOM], run="r", round=round, terms=many)
             ledger.record_attempt("r", round, attempt=entry.attempt)
         attempts.append(entry.attempt)
     assert attempts == [1, 1, 1, 1, 1, 1, 2]
-    assert book(ledger, [ROOM], run="other", round=1).attempt == 1
+    assert record_run(ledger, [ROOM], run="other", round=1).attempt == 1
 
 
 def test_an_attempt_needs_a_record(ledger: Ledger) -> None:

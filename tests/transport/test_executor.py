@@ -171,6 +171,7 @@ def device_file(tmp_path: Path) -> Path:
     """An owner's file, with a policy that does not allow runs without noise."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "device.yaml").write_text(DEVICE)
+    (tmp_path / "state").mkdir(mode=0o700)
     return tmp_path / "device.yaml"
 
 
