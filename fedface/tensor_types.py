@@ -15,13 +15,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 Images = Float[Tensor, "n 3 h w"]
-KeptImages = Images | UInt8[Tensor, "n 3 h w"]  # bytes, 0 to 255, take a quarter of the memory
+StoredImages = Images | UInt8[Tensor, "n 3 h w"]  # bytes, 0 to 255, take a quarter of the memory
 LowImages = Float[Tensor, "n 3 lh lw"]
 Latents = Float[Tensor, "n z"]
 Styles = Float[Tensor, "n k v"]
 Vector = Float[Tensor, "d"]
 
 
-def in_floats(images: KeptImages) -> Images:
+def in_floats(images: StoredImages) -> Images:
     """Stored images as input of networks, float32 in [0, 1]; floats are returned unchanged."""
     return images.float() / 255.0 if images.dtype == torch.uint8 else images

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedface.photos.occasions import numbered
 from fedface.privacy_units import Unit
-from fedface.tensor_types import KeptImages
+from fedface.tensor_types import StoredImages
 
 SALT = b"fedface: held out"  # never change it: what was held out would be trained on
 
@@ -25,7 +25,7 @@ SALT = b"fedface: held out"  # never change it: what was held out would be train
 class DeviceDataset:
     """Aligned faces, one a photo, with the photo and the occasion that each is from."""
 
-    images: KeptImages  # square; as bytes, since a device holds all of its faces at once
+    images: StoredImages  # square; as bytes, since a device holds all of its faces at once
     photos: Tensor  # int64 (n,): one label a photo, all distinct
     occasions: Tensor  # int64 (n,): equal where photos were taken together
 
@@ -45,12 +45,12 @@ class DeviceDataset:
         return len(self.images)
 
     @staticmethod
-    def independent(images: KeptImages) -> DeviceDataset:
+    def independent(images: StoredImages) -> DeviceDataset:
         """Each photo is an occasion of its own, as in a public set of faces."""
         return DeviceDataset.by_occasion(images, 1)
 
     @staticmethod
-    def by_occasion(images: KeptImages, size_of_each: int) -> DeviceDataset:
+    def by_occasion(images: StoredImages, size_of_each: int) -> DeviceDataset:
         """Runs of that many photos are an occasion each; the last may be shorter."""
         if size_of_each < 1:
             raise ValueError(f"size_of_each must be >= 1, got {size_of_each}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedface.models.lora import flatten_trainable
 from fedface.privacy.plan import DPParameters
-from fedface.tensor_types import KeptImages, Vector
+from fedface.tensor_types import StoredImages, Vector
 from fedface.training.dp_sgd import SampledMechanism, private_gradient
 from fedface.training.per_example_gradients import PerExampleProblem, with_deterministic_microbatch
 from fedface.training.training_round import DPSGDSettings
@@ -30,7 +30,7 @@ class MomentumSettings(DPSGDSettings):
 
 def dp_sgd_steps(
     problem: PerExampleProblem,
-    photos: KeptImages,
+    photos: StoredImages,
     dp: DPParameters,
     config: MomentumSettings,
     *,

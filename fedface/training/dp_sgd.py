@@ -49,7 +49,7 @@ from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise
-from fedface.tensor_types import Images, KeptImages
+from fedface.tensor_types import Images, StoredImages
 from fedface.training.per_example_gradients import (
     PerExampleProblem,
     Rows,
@@ -103,7 +103,7 @@ class SampledMechanism:
 
 def private_gradient(
     problem: PerExampleProblem,
-    photos: KeptImages,
+    photos: StoredImages,
     sampled: SampledMechanism,
     *,
     expected_batch_size: int,

@@ -30,7 +30,7 @@ from fedface.models.model import Architecture, GanArchitecture, Model
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import Streams
-from fedface.tensor_types import Images, KeptImages, Latents, Vector
+from fedface.tensor_types import Images, Latents, StoredImages, Vector
 from fedface.training.dp_sgd import SampledMechanism, check_per_example_gradients, private_gradient
 from fedface.training.per_example_gradients import (
     Network,
@@ -121,7 +121,7 @@ class GanRound:
     dp: DPParameters
 
     def update(
-        self, photos: KeptImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
+        self, photos: StoredImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
     ) -> Vector:
         """Trained weights after minus before, generator then discriminator, shape (d,); see `TrainingRound`."""
         model, config = copy.deepcopy(self.model), self.config

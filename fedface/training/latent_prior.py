@@ -36,7 +36,7 @@ from fedface.models.model import Architecture, EncoderArchitecture, Model
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.privacy.plan import MAX_EXPECTED_BATCH_SIZE, DPParameters, Schedule
 from fedface.randomness import Streams
-from fedface.tensor_types import KeptImages, Latents, Vector, in_floats
+from fedface.tensor_types import Latents, StoredImages, Vector, in_floats
 from fedface.training.dp_sgd import SampledMechanism, private_sum
 from fedface.training.training_round import Objective, PerExampleRelease, check_architecture, guaranteed_units
 from fedface.training.unit_clipping import NoiseSource
@@ -104,7 +104,7 @@ class PriorRound:
     dp: DPParameters
 
     def update(
-        self, photos: KeptImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
+        self, photos: StoredImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
     ) -> Vector:
         """The noised sum of the photos' vectors over the public divisor, (1 + z + p,), see `photo_vectors`.
 

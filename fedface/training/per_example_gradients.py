@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedface.tensor_types import Images, KeptImages, Vector, in_floats
+from fedface.tensor_types import Images, StoredImages, Vector, in_floats
 from fedface.training.layer_gradients import LayerRecorder, RecordedLayer
 from fedface.training.unit_clipping import ClippedSumAccumulator, MicrobatchGradients, OuterProduct
 
@@ -66,7 +66,7 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def clipped_unit_sum(
-    problem: PerExampleProblem, photos: KeptImages, *, clip_norm: float, units: Tensor | None = None
+    problem: PerExampleProblem, photos: StoredImages, *, clip_norm: float, units: Tensor | None = None
 ) -> list[Tensor]:
     """The sum over units of their photos' summed gradients, each unit's clipped to L2 norm `clip_norm`.
 

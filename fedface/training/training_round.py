@@ -24,7 +24,7 @@ from fedface.models.model import (
 )
 from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import Streams
-from fedface.tensor_types import Images, KeptImages, Vector
+from fedface.tensor_types import Images, StoredImages, Vector
 from fedface.training.unit_clipping import NoiseSource
 
 PerExampleRelease = Callable[[Images], Vector]
@@ -39,7 +39,7 @@ class TrainingRound(Protocol):
         """A copy of the weights before the round, with low-rank changes attached where they are trained."""
 
     def update(
-        self, photos: KeptImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
+        self, photos: StoredImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
     ) -> Vector:
         """What a device sends, before it is divided by `ranges` and protected, shape (d,).
 

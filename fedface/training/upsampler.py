@@ -31,7 +31,7 @@ from fedface.models.model import (
 )
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import Streams
-from fedface.tensor_types import Images, KeptImages, Vector
+from fedface.tensor_types import Images, StoredImages, Vector
 from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_steps
 from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.per_example_gradients import (
@@ -153,7 +153,7 @@ class UpsamplerRound:
     dp: DPParameters
 
     def update(
-        self, photos: KeptImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
+        self, photos: StoredImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
     ) -> Vector:
         """Trained weights after minus before, in the order of their names, shape (d,); see `TrainingRound`."""
         config = self.config
