@@ -93,7 +93,7 @@ class LabelledDevices:
     folder: Path = Path("photos")  # replaced by --photos
     set: str = ""  # which set of the folder, where it holds several
     label: str = "race"  # the column with the groups
-    profile_faces: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
+    profile_faces: Literal["exclude", "include"] = "exclude"  # faces turned far from the camera
     count: Annotated[int, AtLeast(1)] = 7
     split: ByGroup | Dirichlet | Even = field(default_factory=ByGroup)
 
@@ -133,7 +133,7 @@ class LabelledProbe:
     folder: Path = Path("photos")  # replaced by --photos
     set: str = ""
     label: str = "race"
-    profile_faces: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
+    profile_faces: Literal["exclude", "include"] = "exclude"  # faces turned far from the camera
     per_group: Annotated[int, In("[2, 1000]")] = 12
 
 

@@ -42,14 +42,14 @@ def find_labelled_set(folder: Path, name: str) -> tuple[Path, bool]:
     return folder, True
 
 
-def facing_camera(faces: LabelledFaces, turned: str) -> tuple[LabelledFaces, Counter[str]]:
+def facing_camera(faces: LabelledFaces, profile_faces: str) -> tuple[LabelledFaces, Counter[str]]:
     """The faces that look towards the camera, and how many of each group are turned away.
 
     FFHQ's crop of a profile in a tight photo is mostly mirrored border, which a generator of frontal faces cannot
     reproduce. A face counts as turned if its eyes are closer than 0.18 of the crop (0.26 is frontal), or if its
     nose is outside the middle 60 % between them.
     """
-    if turned == "keep":
+    if profile_faces == "include":
         return faces, Counter()
     left, right, nose = (faces.landmarks[:, point, 0] for point in range(3))
     apart = right - left
