@@ -103,7 +103,7 @@ class UpsamplerTrainingConfig(MomentumSettings):
             low = self.downscale.low_side(size)
         except ValueError as error:
             raise ConfigError(
-                f"training.downscale does not go with faces of {size} pixels: {error}"
+                f"training.downscale does not support faces of {size} pixels: {error}"
             ) from error
         if low >= size:
             raise ConfigError(
