@@ -70,6 +70,7 @@ def _grid_step(leaves: Releases) -> float:
     return float(MIN_GRID * 2.0 ** math.floor(math.log2(coarse_enough / MIN_GRID) + 1e-9))
 
 
+@lru_cache(maxsize=4)  # one event is often priced at several deltas
 def _distribution(leaves: Releases, step: float, direction: Literal["up", "down"]) -> Any:
     """The composed privacy loss distribution, every loss rounded in one direction on a grid of `step`."""
     total, up = None, direction == "up"

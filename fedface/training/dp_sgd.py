@@ -41,7 +41,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from opacus.validators import ModuleValidator
 from torch import Tensor
 
 from fedface.errors import PrivacyError
@@ -238,6 +237,10 @@ def check_per_example_gradients(problem: PerExampleProblem, photos: Images) -> N
     """
     if len(photos) < 2:
         raise ValueError(f"the check needs two photos, got {len(photos)}")
+    from opacus.validators import (
+        ModuleValidator,
+    )  # here: opacus takes a CPU second to load, for every command
+
     faults = ModuleValidator.validate(problem.network, strict=False)
     if faults:
         raise PrivacyError(f"this network mixes photos of a batch: {faults[0]}")

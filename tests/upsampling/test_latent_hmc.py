@@ -175,12 +175,6 @@ def check_against_rejection(*, draws: int, photos: int, faces: int, config: HmcC
     assert found.converged.double().mean() > 0.95
 
 
-def test_tone_shares_of_samples_equal_those_of_rejection_sampling() -> None:
-    """Two photos, 16 chains each: a share of 0.5 is checked to 0.4; the slow test below is more exact."""
-    config = HmcConfig(noise_std=0.1, noise_levels=4, transitions=1, final_transitions=4, leapfrog_steps=7)
-    check_against_rejection(draws=1500, photos=2, faces=16, config=config)
-
-
 @pytest.mark.slow
 def test_tone_shares_of_samples_equal_those_of_rejection_sampling_for_many_photos() -> None:
     """Five photos, 60 chains each: a share of 0.5 is checked to 0.2."""
