@@ -237,9 +237,8 @@ def check_per_example_gradients(problem: PerExampleProblem, photos: Images) -> N
     """
     if len(photos) < 2:
         raise ValueError(f"the check needs two photos, got {len(photos)}")
-    from opacus.validators import (
-        ModuleValidator,
-    )  # here: opacus takes a CPU second to load, for every command
+    # Here, since opacus takes a CPU second to load, for every command.
+    from opacus.validators import ModuleValidator  # noqa: PLC0415
 
     faults = ModuleValidator.validate(problem.network, strict=False)
     if faults:
