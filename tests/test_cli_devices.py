@@ -355,7 +355,7 @@ def test_the_ledger_is_erased_only_with_export_or_no_export(fedface, used: Path)
     for words, reason in (
         (["--ledger"], "needs either --export FILE"),
         (["--ledger", "--export", "a.json", "--no-export"], "needs either --export FILE"),
-        (["--export", "a.json"], "go with --ledger"),
+        (["--export", "a.json"], "need --ledger"),
         (["--ledger", "--export", "there.json"], "not overwritten"),
     ):
         assert reason in fedface("device", "erase", "device.yaml", "--yes", *words).sentence

@@ -130,7 +130,7 @@ def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: 
     """`fedface device erase`."""
     if not ledger and (export_to is not None or no_export):
         raise ConfigError(
-            "--export and --no-export go with --ledger; `fedface ledger export` copies at any time"
+            "--export and --no-export need --ledger; `fedface ledger export` copies at any time"
         )
     if ledger and (export_to is None) != no_export:
         raise ConfigError("--ledger needs either --export FILE, for a copy first, or --no-export")

@@ -224,7 +224,7 @@ def parse_reply(reply: Any, pixels: bytearray) -> Photo | PhotoError:
     if date is not None and (date.tzinfo is not None or date.year not in YEARS):
         raise ValueError("a date with a zone, or of another century")
     if reply["date_precision"] not in (("exact", "unreadable") if date is None else ("exact", "day", "utc")):
-        raise ValueError("a precision that does not go with the date")
+        raise ValueError("a precision that does not match the date")
     if place is not None:
         latitude, longitude = map(float, place)
         if not (math.isfinite(latitude + longitude) and abs(latitude) <= 90 and abs(longitude) <= 180):

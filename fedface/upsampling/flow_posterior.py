@@ -119,7 +119,7 @@ class GuidedFlowUpsampler:
         """Arguments as for `methods.make_upsampler`; `watch` is called with the expected faces.
 
         Raises:
-            ValueError: The degradation does not go with the flow's size, or nothing is noisy.
+            ValueError: The degradation does not support the flow's size, or nothing is noisy.
         """
         self.size, self.low_size = generator.size, degradation.low_side(generator.size)
         self.generator, self.degradation, self.config = generator, degradation, config

@@ -157,7 +157,7 @@ class HmcUpsampler:
             generator: Any family. With a flow, whose latents are whole images, choose a low `rank`.
 
         Raises:
-            ValueError: The degradation does not go with the generator's size, or nothing is noisy.
+            ValueError: The degradation does not support the generator's size, or nothing is noisy.
         """
         self.size, self.low_size = generator.size, degradation.low_side(generator.size)
         self.degradation, self.config = degradation, config

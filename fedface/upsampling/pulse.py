@@ -115,7 +115,7 @@ class PulseUpsampler:
                 random starts and differ as much. Latents have the length of these styles' latents.
 
         Raises:
-            ValueError: The degradation does not go with the generator's size.
+            ValueError: The degradation does not support the generator's size.
         """
         self.size, self.low_size = generator.size, degradation.low_side(generator.size)
         self.degradation, self.config = degradation, config
@@ -134,7 +134,7 @@ class PulseUpsampler:
         )
 
     def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
-        """One search for each face, see `Upsampler.upsample`; photos of float64 go with a generator of float64.
+        """One search for each face, see `Upsampler.upsample`; photos of float64 need a generator of float64.
 
         Images are generated in float32 whatever `precision` is. Not converged where the consistency error stayed
         above `eps`.
