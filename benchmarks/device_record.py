@@ -40,15 +40,19 @@ def fill(path: Path, entries: int) -> None:
     ledger = Ledger.open(path)
     with ledger._chain.write_transaction() as page:
         for number in range(entries):
-            content = {
-                "run": f"run-{number // 100}", "round": number % 100, "attempt": 1,
-                "event": '[{"count":1,"kind":"gaussian","q":1.0,"scale":6.0}]', "metadata": METADATA,
-            }  # fmt: skip
-            entry = page.append("release", content).number
+            run, event = f"run-{number // 100}", '[{"count":1,"kind":"gaussian","q":1.0,"scale":6.0}]'
+            if number % 100 == 0:
+                whole = {
+                    "run": run, "unit": "photo", "event": event.replace('"count":1', '"count":100'),
+                    "counted": "per photo at delta 1e-05", "rounds": {run: 100}, "events": {run: event},
+                }  # fmt: skip
+                covering = page.append("run", whole).number
+            content = {"run": run, "round": number % 100, "attempt": 1, "event": event, "metadata": METADATA}
+            entry = page.append("release", content, entry=covering).number
             page.append("attempt", {}, entry=entry)
             page.append("reply", {"payload_digest": f"{number:064x}"}, entry=entry)
             sent = {
-                "run": f"run-{number // 100}", "round": number % 100, "kind": "update", "receiver": "server:9092",
+                "run": run, "round": number % 100, "kind": "update", "receiver": "server:9092",
                 "protection": "noise multiplier 6 per photo, encrypted", "reason": "", "bytes": len(PAYLOAD),
                 "payload_digest": f"{number:064x}", "resent": False,
             }  # fmt: skip

@@ -38,7 +38,7 @@ from fedface.errors import LedgerError
 
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
 APPLICATION_ID = 0x46466C67  # "FFlg", in the header of the SQLite file
-FORMAT = 3  # version of the file's tables and of what its records contain
+FORMAT = 4  # version of the file's tables and of what its records contain
 GENESIS = hashlib.sha256(f"fedface ledger {FORMAT}".encode()).hexdigest()  # the parent of the first record
 
 _APPEND_ONLY = "BEGIN SELECT RAISE(ABORT, 'append only'); END"
@@ -72,7 +72,7 @@ class Record(NamedTuple):
     number: int  # 1, 2, 3, ...
     written: str  # UTC, ISO 8601; never before the record above
     kind: str  # which type `content` describes
-    entry: int | None  # number of the record that this one belongs to
+    entry: int | None  # number of the record that this one belongs to, or is covered by
     content: str  # JSON, hence without a control character
     digest: str  # SHA-256 of all of the above and of the digest of the record before
 
@@ -386,17 +386,12 @@ class Chain:
                 f"the ledger {self.path} {version}; this version of fedface reads ledgers of format {FORMAT} alone. "
                 "Use the version that wrote it, or treat these photos as spent"
             )
-        records: list[Record] = []
-        parent = GENESIS
         columns = ", ".join(Record._fields)
-        for row in sql.execute(f"SELECT {columns} FROM records ORDER BY number"):
-            number, written, kind, entry, content, digest = row
-            expected = Record.digest_of(number, written, kind, entry, content, parent)
-            if number != len(records) + 1 or digest != expected:
-                raise LedgerError(
-                    f"the ledger {self.path} was altered: record {len(records) + 1} does not add up"
-                )
-            records.append(Record._make(row))
+        records = [Record(*row) for row in sql.execute(f"SELECT {columns} FROM records ORDER BY number")]
+        parent = GENESIS
+        for place, (number, written, kind, entry, content, digest) in enumerate(records, 1):
+            if number != place or digest != Record.digest_of(number, written, kind, entry, content, parent):
+                raise LedgerError(f"the ledger {self.path} was altered: record {place} does not add up")
             parent = digest
         last = sql.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
         if (last[0] if last else 0) != len(records):

@@ -36,6 +36,7 @@ from fedface.privacy.ledger_records import (
     TransmissionInfo,
     Withdrawal,
     decode,
+    run_name,
 )
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
@@ -51,7 +52,6 @@ from fedface.privacy.spending import (
     price_of,
     price_with,
     rounds_that_fit,
-    spent_against,
 )
 from fedface.privacy_units import Unit, unit_named
 
@@ -121,10 +121,11 @@ class Ledger:
         self._chain = chain
         self._now = now
         self._decoded: dict[str, LedgerRecord] = {}  # by digest, hence never stale
-        # The chain's verified records, of which the first `_count` are in `_charges`
+        # The chain's verified records, of which the first `_count` are in the lists and mappings below.
         self._indexed: list[Record] = []
         self._count = 0
-        self._charges: list[Charge] = []
+        self._charges: list[Charge] = []  # for life: runs, and releases that none of them covers
+        self._covered: dict[int, list[Record]] = {}  # the releases of a run, by its number
         self._activity: Activity = {}
 
     @staticmethod
@@ -163,11 +164,6 @@ class Ledger:
                 chain=tuple(page.records), records=tuple(self._decode(record) for record in page.records)
             )
 
-    def all_charges(self) -> list[Charge]:
-        """Every recorded run and release, oldest first, verified."""
-        with self._chain.read_transaction() as page:
-            return list(self._all_charges(page))
-
     def entries(self) -> list[LedgerEntry]:
         """Every recorded release, oldest first, verified."""
         with self._chain.read_transaction() as page:
@@ -180,7 +176,8 @@ class Ledger:
 
     def is_recorded(self, run: str, round: int) -> bool:
         """Whether a release of this round was recorded, with a stored reply or without."""
-        return any(entry.run == run and entry.round == round for entry in self.entries())
+        with self._chain.read_transaction() as page:
+            return bool(self._entries_of(page, run, round))
 
     def spent(self, delta: float, *, unit: Unit = "photo") -> Epsilon:
         """The cost of everything recorded, for one unit, priced anew.
@@ -189,16 +186,18 @@ class Ledger:
             delta: Where epsilon is read.
             unit: The privacy unit; runs with another one are converted, see adjacency.py.
         """
-        return price_of(charges(self.all_charges()), delta=delta, unit=unit)
+        with self._chain.read_transaction() as page:
+            self._index(page)
+            charged = list(self._charges)
+        return price_of(charged, delta=delta, unit=unit)
 
     def spent_against(self, budget: Budget) -> Epsilon:
         """What counts against a budget now."""
-        return spent_against(self.all_charges(), budget, self._time(), self._activity)
+        return price_of(self._charged(budget), delta=budget.delta, unit=budget.unit)
 
     def price(self, event: Event, budget: Budget, *, run_unit: Unit) -> tuple[Epsilon, Epsilon, Epsilon]:
         """What one more event, of a run with `run_unit`, would cost against a budget: alone, so far, and together."""
-        charged = counted(self.all_charges(), budget, self._time(), self._activity)
-        return price_with(charged, event, budget, run_unit=run_unit)
+        return price_with(self._charged(budget), event, budget, run_unit=run_unit)
 
     def check_budget(
         self, event: Event, budgets: Sequence[Budget], *, run_unit: Unit
@@ -216,9 +215,7 @@ class Ledger:
         Raises:
             LedgerError: A record cannot be priced.
         """
-        records, now = self.all_charges(), self._time()
-        charged = ((counted(records, budget, now, self._activity), budget) for budget in budgets)
-        found = (exceeded(known, event, budget, run_unit=run_unit) for known, budget in charged)
+        found = (exceeded(self._charged(budget), event, budget, run_unit=run_unit) for budget in budgets)
         return next((short for short in found if short is not None), None)
 
     def check_round(self, planned: PlannedRound, budgets: Sequence[Budget]) -> BudgetExceeded | None:
@@ -251,10 +248,10 @@ class Ledger:
 
         A recorded run is still refused where its owner has lowered the budget since.
         """
-        records, unit, now = self._all_charges(page), planned.releases.unit, self._time()
+        unit = planned.releases.unit
         new = self._new_charge(page, planned, again=again)
         for budget in budgets:
-            charged = counted(records, budget, now, self._activity)
+            charged = self._charged_now(page, budget)
             event = new if budget.days is None else self._in_period(planned, charged, budget, again=again)
             short = exceeded(charged, event, budget, run_unit=unit)
             if short is not None:
@@ -279,8 +276,7 @@ class Ledger:
 
     def rounds_that_fit(self, dp: DPParameters, budget: Budget) -> int:
         """How many rounds of a new run a budget has room for now: as one run, or one by one in a period."""
-        charged = counted(self.all_charges(), budget, self._time(), self._activity)
-        return rounds_that_fit(charged, dp, budget)
+        return rounds_that_fit(self._charged(budget), dp, budget)
 
     def _time(self) -> datetime:
         """Now, in whole seconds, as records are dated."""
@@ -309,7 +305,7 @@ class Ledger:
         """
         with self._chain.write_transaction() as page:
             covering = self._covering_entry(page, event, run, round, metadata or {})
-            return covering or self._append_entry(page, event, run, round, metadata or {}, planned=False)
+            return covering or self._append_entry(page, event, run, round, metadata or {})
 
     def record_round(
         self, planned: PlannedRound, budgets: Sequence[Budget], *, metadata: Mapping[str, str] | None = None
@@ -349,7 +345,8 @@ class Ledger:
                 )
             if covering is not None:
                 return covering
-            if run is None:
+            number = None if run is None else run.number
+            if number is None:
                 content = {
                     "run": planned.run,
                     "unit": planned.releases.unit,
@@ -358,8 +355,8 @@ class Ledger:
                     "rounds": planned.rounds(),
                     "events": planned.events(),
                 }
-                page.append(RecordedRun.KIND, content)
-            return self._append_entry(page, event, key, round, metadata, planned=not again)
+                number = page.append(RecordedRun.KIND, content).number
+            return self._append_entry(page, event, key, round, metadata, covered_by=None if again else number)
 
     def _has_expired(self, entry: LedgerEntry) -> bool:
         """Whether an entry has had no reply for longer than `ENTRY_LIFETIME`."""
@@ -390,7 +387,7 @@ class Ledger:
         round: int,
         metadata: Mapping[str, str],
         *,
-        planned: bool,
+        covered_by: int | None = None,
     ) -> LedgerEntry:
         if round < 0:
             raise ValueError(f"round must be >= 0, got {round}")
@@ -401,9 +398,8 @@ class Ledger:
             "attempt": len(self._entries_of(page, run, round)) + 1,
             "event": event_to_json(event),
             "metadata": dict(metadata),
-            "planned": planned,
         }
-        entry = self._decode(page.append(LedgerEntry.KIND, content))
+        entry = self._decode(page.append(LedgerEntry.KIND, content, entry=covered_by))
         assert isinstance(entry, LedgerEntry)
         return entry
 
@@ -563,24 +559,45 @@ class Ledger:
             self._decoded[record.digest] = decode(record)
         return self._decoded[record.digest]
 
-    def _all_charges(self, page: Transaction) -> list[Charge]:
-        """Every recorded run and release, oldest first; those that were read before are not decoded again."""
+    def _index(self, page: Transaction) -> None:
+        """Sort the records that are new since the last call; releases that a run covers are not decoded."""
         if self._indexed is not page.records:
-            self._indexed, self._count, self._charges, self._activity = page.records, 0, [], {}
+            self._indexed, self._count = page.records, 0
+            self._charges, self._covered, self._activity = [], {}, {}
         for record in page.records[self._count :]:
-            if record.kind in (Attempt.KIND, StoredReply.KIND) and record.entry is not None:
-                self._activity[record.entry] = record.written, record.kind == StoredReply.KIND
-            if record.kind == LedgerEntry.KIND:
+            kind, entry = record.kind, record.entry
+            if kind == LedgerEntry.KIND:
                 self._activity[record.number] = record.written, False
-            if record.kind in (RecordedRun.KIND, LedgerEntry.KIND):
+            elif entry is not None and kind in (Attempt.KIND, StoredReply.KIND):
+                self._activity[entry] = record.written, kind == StoredReply.KIND
+            if kind == LedgerEntry.KIND and entry is not None:
+                self._covered.setdefault(entry, []).append(record)
+            elif kind in (RecordedRun.KIND, LedgerEntry.KIND):
                 charge = self._decode(record)
                 assert isinstance(charge, RecordedRun | LedgerEntry)
                 self._charges.append(charge)
         self._count = len(page.records)
-        return self._charges
 
-    def _all_entries(self, page: Transaction) -> list[LedgerEntry]:
-        return [record for record in self._all_charges(page) if isinstance(record, LedgerEntry)]
+    def _runs(self, page: Transaction) -> list[RecordedRun]:
+        self._index(page)
+        return [charge for charge in self._charges if isinstance(charge, RecordedRun)]
+
+    def _all_entries(self, page: Transaction, run: str | None = None) -> list[LedgerEntry]:
+        """Every release, oldest first; with `run`, only those with this name."""
+        numbers = [known.number for known in self._runs(page) if run is None or known.is_of(run_name(run))]
+        covered = (self._decode(record) for number in numbers for record in self._covered.get(number, []))
+        entries = [entry for entry in (*self._charges, *covered) if isinstance(entry, LedgerEntry)]
+        return sorted((e for e in entries if run in (None, e.run)), key=lambda entry: entry.number)
+
+    def _charged(self, budget: Budget) -> list[Charge]:
+        with self._chain.read_transaction() as page:
+            return self._charged_now(page, budget)
+
+    def _charged_now(self, page: Transaction, budget: Budget) -> list[Charge]:
+        """What counts against a budget now; a period depends on every release, also of runs."""
+        runs = self._runs(page)
+        records: list[Charge] = self._charges if budget.days is None else [*runs, *self._all_entries(page)]
+        return counted(records, budget, self._time(), self._activity)
 
     def _recorded_run(self, page: Transaction, planned: PlannedRound) -> RecordedRun | None:
         """The record of a round's run, if there is one.
@@ -588,8 +605,7 @@ class Ledger:
         Raises:
             PolicyRefusal: It was recorded with other releases.
         """
-        runs = (record for record in self._all_charges(page) if isinstance(record, RecordedRun))
-        recorded = next((run for run in runs if run.run == planned.run), None)
+        recorded = next((run for run in self._runs(page) if run.run == planned.run), None)
         if recorded is not None and not recorded.is_plan_of(planned):
             raise PolicyRefusal(
                 f"{planned.run} was recorded with other noise, rates or rounds than it requests now",
@@ -602,8 +618,7 @@ class Ledger:
 
         Otherwise a delta of 1e-2 would admit what 1e-5 refuses.
         """
-        runs = (record for record in self._all_charges(page) if isinstance(record, RecordedRun))
-        first = next(runs, None)
+        first = next(iter(self._runs(page)), None)
         if first is not None and budgets and first.counted != _counted(budgets):
             raise LedgerError(
                 f"the policy counts {_counted(budgets)}; this ledger counts {first.counted} since {first.written}, "
@@ -616,7 +631,7 @@ class Ledger:
 
     def _entries_of(self, page: Transaction, run: str, round: int) -> list[LedgerEntry]:
         """Every attempt at a round, oldest first."""
-        return [e for e in self._all_entries(page) if e.run == run and e.round == round]
+        return [entry for entry in self._all_entries(page, run) if entry.round == round]
 
     def _stored_reply(self, page: Transaction, entries: Sequence[LedgerEntry]) -> StoredReply | None:
         """The latest stored reply of some entries."""
@@ -650,7 +665,7 @@ class Ledger:
 
     def _retries(self, page: Transaction, run: str) -> int:
         """How many computations of a run were begun beside the first of each entry."""
-        entries = {entry.number for entry in self._all_entries(page) if entry.run == run}
+        entries = {entry.number for entry in self._all_entries(page, run)}
         begun = [
             record.entry for record in page.records if record.kind == Attempt.KIND and record.entry in entries
         ]

@@ -25,6 +25,11 @@ def metrics_ledger_key(run: str) -> str:
     return run + _METRICS
 
 
+def run_name(key: str) -> str:
+    """The run's name in a name of the ledger."""
+    return key.removesuffix(_METRICS)
+
+
 def is_run_name(key: str) -> bool:
     """Whether a name in the ledger is that of a run, not of its evaluations."""
     return not key.endswith(_METRICS)
@@ -44,7 +49,7 @@ class PlannedRound:
     @property
     def run(self) -> str:
         """The run's name."""
-        return self.key.removesuffix(_METRICS)
+        return run_name(self.key)
 
     @property
     def dp(self) -> DPParameters:
@@ -117,7 +122,7 @@ class LedgerEntry:
     attempt: int  # 1, or more if the round is computed anew
     event: str  # what was released, see releases.event_to_json
     metadata: dict[str, str]  # whatever identifies the release (model hash, clip norm, unit)
-    planned: bool = False  # whether the record of its run covers it
+    covered_by: int | None  # number of the RecordedRun that covers it; None: it is charged by itself
 
     @property
     def time(self) -> datetime:
@@ -127,7 +132,7 @@ class LedgerEntry:
     @property
     def run_name(self) -> str:
         """The run's name: its metrics are recorded under that and a suffix."""
-        return self.run.removesuffix(_METRICS)
+        return run_name(self.run)
 
     def is_of(self, run: str) -> bool:
         """Whether it is of a run."""
@@ -236,7 +241,13 @@ def decode(record: Record) -> LedgerRecord:
     try:
         fields: dict[str, Any] = _parse(record.content)[0]
         if record.kind == LedgerEntry.KIND:
-            return LedgerEntry(number=record.number, written=record.written, digest=record.digest, **fields)
+            return LedgerEntry(
+                number=record.number,
+                written=record.written,
+                digest=record.digest,
+                covered_by=record.entry,
+                **fields,
+            )
         if record.kind == RecordedRun.KIND:
             return RecordedRun(number=record.number, written=record.written, **fields)
         if record.kind == Withdrawal.KIND:

@@ -71,7 +71,7 @@ def charges(records: Iterable[LedgerRecord]) -> list[Charge]:
     return [
         record
         for record in records
-        if isinstance(record, RecordedRun) or (isinstance(record, LedgerEntry) and not record.planned)
+        if isinstance(record, RecordedRun) or (isinstance(record, LedgerEntry) and record.covered_by is None)
     ]
 
 
@@ -95,11 +95,11 @@ def counted(
         for record in records
         if isinstance(record, LedgerEntry) and counts_until(activity[record.number]) >= since
     ]
-    names = {entry.run_name for entry in recent if entry.planned}
-    recorded = [record for record in records if isinstance(record, RecordedRun) and record.run in names]
+    numbers = {entry.covered_by for entry in recent}
+    recorded = [record for record in records if isinstance(record, RecordedRun) and record.number in numbers]
     whole = [run for run in recorded if fits_alone(event_from_json(run.event), run.unit, budget)]
-    covered = {run.run for run in whole}
-    return [*whole, *(entry for entry in recent if not (entry.planned and entry.run_name in covered))]
+    covering = {run.number for run in whole}
+    return [*whole, *(entry for entry in recent if entry.covered_by not in covering)]
 
 
 def fits_alone(event: Event, unit: Unit, budget: Budget) -> bool:

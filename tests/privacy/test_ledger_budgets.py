@@ -15,8 +15,9 @@ from fedface.number_format import format_delta
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import replace_one_event
 from fedface.privacy.budget import Budget, format_upper_bound
+from fedface.privacy.hash_chain import Record
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.ledger_records import StoredReply
+from fedface.privacy.ledger_records import LedgerEntry, LedgerRecord, StoredReply, decode
 from fedface.privacy.renyi_filter import filter_epsilon
 
 
@@ -35,6 +36,33 @@ def test_a_budget_holds_and_the_refusal_has_requested_spent_and_allowed(ledger: 
     spent = format_upper_bound(ledger.spent(DELTA).upper)
     assert f"requests {format_upper_bound(asked)}; {spent} of {budget:g} is already" in str(refusal.value)
     assert len(ledger.entries()) == 4
+
+
+@pytest.mark.parametrize(("days", "decoded"), [(None, []), (30.0, [1, 2, 3])])
+def test_a_run_that_is_over_is_read_as_one_charge_unless_a_period_counts_its_releases(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: float | None, decoded: list[int]
+) -> None:
+    """A long life makes no request slow: three rounds of one run, then another run in a new session."""
+    budgets = [
+        Budget(epsilon=30.0, delta=DELTA),
+        *([] if days is None else [Budget(epsilon=30.0, delta=DELTA, days=days)]),
+    ]
+    for round in (1, 2, 3):
+        record_run(ledger, budgets, run="over", round=round, terms=one_sum(rounds=3))
+    ledger.close()
+    found = []
+
+    def noted(record: Record) -> LedgerRecord:
+        found.append(decode(record))
+        return found[-1]
+
+    monkeypatch.setattr("fedface.privacy.ledger.decode", noted)
+    with Ledger.open(tmp_path / "ledger.db") as session:
+        record_run(session, budgets, run="new")
+        assert [
+            entry.round for entry in found if isinstance(entry, LedgerEntry) and entry.run == "over"
+        ] == decoded
+        assert len(session.entries()) == 4 and {entry.covered_by for entry in session.entries()} == {1, 5}
 
 
 class Calendar:
