@@ -24,7 +24,7 @@ def describe_unit(unit: Unit) -> str:
             return "one photo; a person with many photos on a device is protected less"
         case "occasion":
             return (
-                "one occasion: all photos taken together, close in time and place or similar,  "
+                "one occasion: all photos taken together, close in time and place or similar, "
                 "so that forty photos of one birthday count once"
             )
         case "library":

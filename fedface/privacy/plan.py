@@ -263,7 +263,7 @@ class Plan:
         one = "photo" if unit == "library" else unit
         return [
             f"{_counted(s.rounds, 'round')} of {_counted(s.steps_per_round, kind.removesuffix('s'))} on each device",
-            f"sampling rate {s.sampling_rate:g}: the probability that a {one} is part of a step; "
+            f"sampling rate {s.sampling_rate:g}: the probability that one {one} is part of a step; "
             f"each sum is divided by the expected batch size {s.expected_batch_size}",
             f"each {one}'s gradient is clipped to L2 norm {s.clip_norm:g}",
         ]
