@@ -10,7 +10,7 @@ from command_line import caller
 
 from clients.node_key import make_node_key
 from fedface.cli import child_processes
-from fedface.cli.server_init import make_certificates
+from fedface.cli.server_certificates import make_certificates
 
 FILE = "name: kitchen\nphotos: photos\nstate: state\nserver: SERVER\npolicy: {max_epsilon: 8, delta: 1e-6}\n"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from command_line import caller
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 
 @pytest.fixture
@@ -142,3 +143,39 @@ def test_a_taken_port_is_named(fedface: Callable, start: Callable, tmp_path: Pat
         port = taken.getsockname()[1]
         assert fedface(tmp_path / "server", "localhost", "--superlink-port", port).code == 0
         assert f"port {port} is taken" in start(tmp_path / "server").sentence
+
+
+def test_a_renewed_certificate_is_trusted_by_devices_and_keeps_its_hosts(
+    fedface: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the authority's key alone; another key, or a file that is none, changes nothing."""
+    folder = tmp_path / "server"
+    fedface(folder, "fedface.example.org")
+    certificates = folder / "certificates"
+    before = x509.load_pem_x509_certificate((certificates / "server.crt").read_bytes())
+    renew = caller(monkeypatch, capsys, "server", "renew", str(folder), "--authority-key")
+    assert "is not the key of" in renew(certificates / "server.key").sentence
+    assert "expected the authority's private key" in renew(certificates / "ca.crt").sentence
+    assert (certificates / "server.crt").read_bytes() == before.public_bytes(serialization.Encoding.PEM)
+
+    assert "restart the server" in renew(certificates / "ca.key").out
+    after = x509.load_pem_x509_certificate((certificates / "server.crt").read_bytes())
+    after.verify_directly_issued_by(x509.load_pem_x509_certificate((certificates / "ca.crt").read_bytes()))
+    assert (
+        after.serial_number != before.serial_number
+        and after.not_valid_after_utc >= before.not_valid_after_utc
+    )
+    names = x509.SubjectAlternativeName
+    assert after.extensions.get_extension_for_class(names) == before.extensions.get_extension_for_class(names)
+    assert (certificates / "server.key").stat().st_mode & 0o777 == 0o600
+    ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+        certificates / "server.crt", certificates / "server.key"
+    )
+
+
+def test_a_host_that_is_no_name_is_refused(fedface: Callable, tmp_path: Path) -> None:
+    """Certificates hold ASCII names."""
+    assert (
+        "host: expected a name in ASCII or an address"
+        in fedface(tmp_path / "server", "bücher.example").sentence
+    )

@@ -35,3 +35,18 @@ def start(folder: Annotated[Path, typer.Argument(help="The folder of `fedface se
     from fedface.cli.server_start import server_start
 
     server_start(folder.expanduser())
+
+
+@server.command(
+    "renew", epilog=example("fedface server renew ~/fedface-server --authority-key /media/stick/ca.key")
+)
+def renew(
+    folder: Annotated[Path, typer.Argument(help="The folder of `fedface server init`.")],
+    authority_key: Annotated[Path, typer.Option(help="The authority's private key, ca.key.")],
+) -> None:
+    """Replace the server's certificate before it expires; devices need nothing new."""
+    from fedface.cli.console import say
+    from fedface.cli.server_certificates import renew_certificate
+
+    until = renew_certificate(folder.expanduser() / "certificates", authority_key)
+    say(f"the server's certificate is valid until {until:%Y-%m-%d}; restart the server to use it")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fedface.cli.child_processes import LOOPBACK, START_SECONDS, listens, started, stopped_by_sigterm
 from fedface.cli.console import say, warn
+from fedface.cli.server_certificates import read_certificate
 from fedface.cli.server_init import PORTS_FILE, Ports
 from fedface.config import read
 from fedface.errors import ConfigError, FederationError
@@ -16,6 +18,7 @@ CERTIFICATES = (
     "--ssl-ca-certfile", "certificates/ca.crt", "--ssl-certfile", "certificates/server.crt",
     "--ssl-keyfile", "certificates/server.key",
 )  # fmt: skip
+WARN_BEFORE = timedelta(days=30)
 SECRET = ("--superexec-auth-secret-file", "superexec.secret")
 
 
@@ -23,12 +26,15 @@ def server_start(folder: Path) -> None:
     """Run the server whose folder `fedface server init` wrote; returns after Ctrl-C or SIGTERM.
 
     Raises:
-        ConfigError: The folder is no server's.
+        ConfigError: The folder is not that of a server.
         FederationError: A port is taken, or one of the programs ended.
     """
     if not (folder / PORTS_FILE).is_file():
         raise ConfigError(f"{folder}: is not the folder of a server; `fedface server init` makes one")
     ports = read(folder / PORTS_FILE, Ports)
+    left = read_certificate(folder / "certificates/server.crt").not_valid_after_utc - datetime.now(UTC)
+    if left < WARN_BEFORE:
+        warn(f"the server's certificate expires in {left.days} days; replace it with `fedface server renew`")
     for port in (ports.superlink, ports.devices):
         if listens(port):
             raise FederationError(f"port {port} is taken by another program; is this server running already?")

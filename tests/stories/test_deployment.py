@@ -240,6 +240,12 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
             "train request of round ?: answered with an error" in (device.folder / "device.log").read_text()
         )
 
+    if server.entry != server.port:  # nginx is installed: from outside the control interface is not there
+        config = server.folder / ".flwr" / "config.toml"
+        config.write_text(config.read_text().replace(str(server.port), str(server.entry)))
+        assert "403" in server.do(f"! flwr run {hostile} prod 2>&1")
+        config.write_text(config.read_text().replace(str(server.entry), str(server.port)))
+
     run = server.start(command("server", "6. Run"), "run")
     report = server.folder / "fedface-runs" / "family" / "run.json"
     until_true(lambda: report.exists() or run.poll() is not None, 600, "the run does not end", homes)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
 import pytest
 import uvicorn
 from command_line import caller
@@ -24,20 +25,25 @@ from flwr.app import Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import Status, SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_task_output
 from tiny import NO_PRIVACY, tiny_experiment, tiny_gan, train_task
 
 from fedface.errors import FederationError
 from fedface.messages.messages import Refusal, to_message
 from fedface.messages.parsing import read_reply
-from fedface.transport.executor import INSTALLED, SUPPORTED, Executor, installed_app
+from fedface.transport.executor import ACQUIRE, INSTALLED, SUPPORTED, Executor, installed_app
 from fedface.transport.wire import from_record, to_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -266,6 +272,41 @@ def test_another_program_of_this_machine_cannot_take_a_task(
     assert Executor(node.address, SECRET, installed_app(device_file)).answer_one(lambda text: None)
 
 
+class Replay:
+    """Sends each request a second time, as somebody who has recorded it would."""
+
+    def __init__(self) -> None:
+        self.second: list[int] = []
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """The first response goes to the caller."""
+        first = call_next(context)
+        self.second.append(call_next(context).status_code)
+        return first
+
+
+def test_a_replayed_request_and_the_token_of_a_finished_task_are_refused(
+    node: Node, device_file: Path, request_to_train: RecordDict, tmp_path: Path
+) -> None:
+    """What a program of this machine may have recorded is of no use to it."""
+    for run in (40, 41):
+        node.add_task(message_of(request_to_train, run), tmp_path / "marker")
+    replay = Replay()
+    signed = SuperExecAuthHttpInterceptor(master_secret=SECRET, protected_methods=frozenset({ACQUIRE}))
+    client = RuntimeHttpClient.from_server_address(node.address, True, None, [signed, replay])
+    token = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])).token
+    assert replay.second == [401]
+
+    once = RuntimeHttpClient.from_server_address(
+        node.address, True, None, [RuntimeTokenHttpInterceptor(token)]
+    )
+    pull_task_input(once)
+    push_task_output(once, None, SubStatus.COMPLETED, "")
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        pull_task_input(once)
+    assert Executor(node.address, SECRET, installed_app(device_file)).answer_one(lambda text: None)
+
+
 def test_a_task_that_fails_to_arrive_ends_neither_the_device_nor_the_next_task(
     node: Node, request_to_train: RecordDict, tmp_path: Path
 ) -> None:
@@ -312,7 +353,7 @@ def test_every_supported_version_passes_this_file(version: str, tmp_path: Path) 
     if subprocess.run(pip, capture_output=True).returncode:
         pytest.skip(f"flwr {version} cannot be fetched here")
     path = f"{tmp_path}{os.pathsep}{ROOT}"
-    check = f"from fedface.transport.executor import INSTALLED as i; assert i.startswith('{version}.'), i"
+    check = f"from fedface.transport.executor import ACQUIRE, INSTALLED as i; assert i.startswith('{version}.'), i"
     subprocess.run([sys.executable, "-c", check], env={**os.environ, "PYTHONPATH": path}, check=True)
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
