@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -67,3 +73,61 @@ def test_a_certificate_that_is_none_is_refused(fedface, home: Path) -> None:  # 
 def test_a_server_that_cannot_be_reached_is_named(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
     assert "cannot be reached (Connection refused)" in fedface("device.yaml").sentence
     assert not list((home / "state").iterdir())
+
+
+class Clock(BaseHTTPRequestHandler):
+    """A server whose clock is `offset` seconds from this one."""
+
+    offset = 0.0
+
+    def do_GET(self) -> None:
+        self.send_response_only(403)
+        self.send_header("Date", self.date_time_string(time.time() + self.offset))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def server(home: Path) -> Iterator[type[Clock]]:
+    """The server of the device's file."""
+    clock = type("Clock", (Clock,), {})
+    running = HTTPServer(("127.0.0.1", 0), clock)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(home / "certificates/server.crt", home / "certificates/server.key")
+    running.socket = tls.wrap_socket(running.socket, server_side=True)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    (home / "device.yaml").write_text(FILE.replace("SERVER", f"localhost:{running.server_port}"))
+    yield clock
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+@pytest.mark.parametrize(("offset", "words"), [(-20, "20 s ahead of"), (600, "600 s behind")])
+def test_a_wrong_clock_is_named(fedface, server: type[Clock], offset: float, words: str) -> None:  # type: ignore[no-untyped-def]
+    """The server would refuse every request, with the words of an unknown key."""
+    server.offset = offset
+    assert re.search(words.replace(str(abs(offset)), r"\d+"), fedface("device.yaml").sentence)
+
+
+def test_another_server_is_not_trusted(fedface, server: type[Clock], home: Path) -> None:  # type: ignore[no-untyped-def]
+    """Its certificate is signed by another authority."""
+    make_certificates(home / "others", ["fedface.example.org"])
+    (home / "others" / "ca.crt").rename(home / "ca.crt")
+    assert "is not the server that" in fedface("device.yaml").sentence
+
+
+def test_a_missing_supernode_is_named(  # type: ignore[no-untyped-def]
+    fedface, server: type[Clock], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last thing before a start; no secret stays behind."""
+
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(child_processes.subprocess, "Popen", missing)
+    assert "flower-supernode is not installed here" in fedface("device.yaml").sentence
+    assert not list((home / "state").glob("*.secret"))

@@ -11,6 +11,8 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
 from fedface.atomic_io import create_bytes
@@ -37,6 +39,7 @@ from fedface.transport.executor import Executor, installed_app
 
 CONNECTED = "SuperNode ID:"  # what the SuperNode logs when the server has accepted it
 REACH_SECONDS = 10.0  # for the server to answer at the start
+MAX_AHEAD, MAX_BEHIND = 4.0, 300.0  # seconds of a device's clock; SuperLink refuses more than 5 and 305
 
 
 def device_start(path: Path) -> None:
@@ -86,7 +89,7 @@ def _check_files(path: Path, certificate: Path, key: Path) -> None:
 
 
 def _check_server(path: Path, server: str, certificate: Path) -> None:
-    """Connect once, for a reason in one sentence where the SuperNode would retry for ever."""
+    """Ask the server once, for a reason in one sentence where the SuperNode would try for ever or give a number."""
     found = re.fullmatch(r"\[?([^\s\[\]/]+)\]?:(\d{1,5})", server)
     if found is None:
         raise ConfigError(
@@ -96,18 +99,28 @@ def _check_server(path: Path, server: str, certificate: Path) -> None:
         trusted = ssl.create_default_context(cafile=str(certificate))
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(f"{path}: certificate: {certificate} is not a certificate in PEM format") from error
+    connection = HTTPSConnection(found[1], int(found[2]), context=trusted, timeout=REACH_SECONDS)
     try:
-        with socket.create_connection((found[1], int(found[2])), REACH_SECONDS) as connection:
-            trusted.wrap_socket(connection, server_hostname=found[1]).close()
+        connection.request("GET", "/")
+        date = connection.getresponse().getheader("Date")
+        ahead = 0.0 if date is None else time.time() - parsedate_to_datetime(date).timestamp()
     except ssl.SSLCertVerificationError as error:
         raise FederationError(
             f"{server} is not the server that {certificate} belongs to ({error.verify_message}); nothing was sent"
         ) from error
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, HTTPException, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise FederationError(
             f"the server {server} cannot be reached ({reason}); check the address, the network, or try again later"
         ) from error
+    finally:
+        connection.close()
+    if not -MAX_BEHIND < ahead < MAX_AHEAD:
+        side = "ahead of" if ahead > 0 else "behind"
+        raise FederationError(
+            f"this device's clock is {abs(ahead):.0f} s {side} the server's, which would refuse it; "
+            "set the clock that is wrong"
+        )
 
 
 @contextmanager

@@ -260,7 +260,7 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
         assert 0 < ledger.spent(1e-6).upper <= 8.0
         sent = [transmission.kind for transmission in ledger.read().transmissions]
         assert sent.count("update") == 2 and sent.count("metrics") == 2
-    assert [sorted(reported["answered"]) for reported in record["device_metrics"]] == [names, names]
+    assert [sorted(reported["participants"]) for reported in record["device_metrics"]] == [names, names]
 
     for process, device in zip(waiting, devices, strict=True):
         process.terminate()
