@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,11 @@ def charts() -> Iterator[None]:
 
     For tests that look at other parts of a run; tests/reports/ and one run in stories/test_main_job.py have the charts.
     """
+    for module in (
+        "comparison_charts",
+        "method_report",
+    ):  # they import `face_grid` by name, and must have the real one
+        importlib.import_module(f"fedface.reports.{module}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedface.reports.charts.face_grid", lambda rows, columns: b"")
         patch.setattr("fedface.reports.charts.group_dots", lambda groups, series, unit: b"<svg></svg>")
