@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedface.coordinator.device_evaluation import Evaluation
 from fedface.coordinator.run import initialize_run
 from fedface.device.client import handle_task
 from fedface.device.device import Device
 from fedface.experiment import Experiment, devices_folder, read_experiment
-from fedface.messages.messages import RoundConfig, TrainTask
+from fedface.messages.messages import EvaluateTask, RoundConfig, TrainTask
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, save_model, weights_hash
 from fedface.models.discriminator import DiscriminatorConfig
 from fedface.models.latent_encoder import LatentEncoderConfig
@@ -177,6 +178,21 @@ def train_task(
         buffers=flatten_buffers(*gan.modules()),
         model=weights_hash(*gan.modules()),
     )
+
+
+def evaluate_task(experiment: Experiment) -> EvaluateTask:
+    """The coordinator's request for the metrics of the model before training."""
+    assert experiment.evaluation is not None
+    evaluation = Evaluation(
+        run="tiny",
+        number=1,
+        name="before training",
+        model=tiny_gan(),
+        releases=experiment.plan().releases,
+        config=experiment.evaluation.metrics,
+        holdout_fraction=experiment.evaluation.holdout_fraction,
+    )
+    return evaluation.task(experiment, 2)
 
 
 def first_device(experiment: Experiment, folder: Path) -> Device:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -29,8 +30,15 @@ from fedface.atomic_io import one_at_a_time
 from fedface.codec import encode
 from fedface.device.device import Device
 from fedface.device.local_metrics import check_request, compute_local_metrics
-from fedface.device.reply_time import MARGIN, ReplyTime, photos_per_step
-from fedface.errors import ConfigError, FederationError, PolicyRefusal, PrivacyError, WeightsError
+from fedface.device.reply_time import MARGIN, ReplyTime, photos_per_step, reading_seconds
+from fedface.errors import (
+    ConfigError,
+    FederationError,
+    LedgerError,
+    PolicyRefusal,
+    PrivacyError,
+    WeightsError,
+)
 from fedface.messages.messages import (
     DecryptResult,
     DecryptTask,
@@ -63,6 +71,14 @@ log = logging.getLogger("fedface.device")
 
 Computation = Callable[[DeviceDataset], Vector]  # faces -> the vector (d,) to be summed, in public ranges
 
+
+class ComputationFactory(Protocol):
+    """The computation of a round under some DP parameters."""
+
+    def __call__(self, dp: DPParameters, *, rehearsal: bool = False) -> Computation:
+        """In a rehearsal every failure is an error: a photo that fails sooner would make it too short."""
+
+
 FAILED = b"failed"  # stored in place of a payload for a round that failed
 
 
@@ -78,6 +94,10 @@ def handle_task(task: Task, device: Device) -> Reply:
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
+    if not device.state.is_dir():
+        raise LedgerError(
+            f"there is no state folder {device.state}: mount or restore it; nothing was computed"
+        )
     with one_at_a_time(device.state):
         leaves = ReplyTime(device.answer_seconds)
         try:
@@ -173,7 +193,7 @@ def _train(
     model = _asked_model(task, agreed.architecture)
     streams = Streams(task.seed).child(f"{device.name}/{task.round}")
 
-    def computation(dp: DPParameters) -> Computation:
+    def computation(dp: DPParameters, *, rehearsal: bool = False) -> Computation:
         begun = prepare_round(model, agreed.training, dp, common_streams(task.seed, task.round))
 
         def compute(own: DeviceDataset) -> Vector:
@@ -222,10 +242,12 @@ def _evaluate(
     check_request(asked, model)
     ranges = asked.ranges()
 
-    def computation(dp: DPParameters) -> Computation:
+    def computation(dp: DPParameters, *, rehearsal: bool = False) -> Computation:
         def compute(own: DeviceDataset) -> Vector:
             rng = noise_source(dp, Streams(task.seed).child(f"{device.name}/metrics/{task.round}"))
-            metrics = compute_local_metrics(model, own, replace(asked, dp=dp), seed=task.seed, rng=rng)
+            metrics = compute_local_metrics(
+                model, own, replace(asked, dp=dp), seed=task.seed, rng=rng, skip_failures=not rehearsal
+            )
             return _clip_for_library(metrics / ranges, dp)
 
         return compute
@@ -293,9 +315,7 @@ class _ReleaseTransaction:
             check_mechanism(mechanism, SecretNoise())
         return None
 
-    def release(
-        self, computation: Callable[[DPParameters], Computation], size: int
-    ) -> tuple[bytes, float, LedgerEntry]:
+    def release(self, computation: ComputationFactory, size: int) -> tuple[bytes, float, LedgerEntry]:
         """Record, compute and store; returns the payload, the seconds of `protect`, and the ledger entry.
 
         After photos are opened, every error is answered as by a device without photos: with noise alone. An error, its
@@ -336,9 +356,14 @@ class _ReleaseTransaction:
             raise
         ledger.store_reply(task.ledger_key, task.round, payload, attempt=entry.attempt)
         if (used := self.leaves.overran()) is not None:
-            log.warning("this round took longer than twice its rehearsal; replies of this run leave later")
-            ledger.store_work_seconds(task.ledger_key, used)
+            log.warning("this round took longer than announced; replies of this run leave later")
+            ledger.store_work_seconds(self._work_key, used)
         return payload, seconds, entry
+
+    @property
+    def _work_key(self) -> str:
+        """A run may change its recipe from round to round, and then takes another time."""
+        return f"{self.task.ledger_key} {self.metadata['recipe']}"
 
     def _chosen(self, own: DeviceDataset) -> DeviceDataset:
         """The faces that this release may use: for training those that are not held out, else those that are."""
@@ -347,7 +372,7 @@ class _ReleaseTransaction:
         training, held_out = own.split(self.holdout_fraction, self.terms.unit)
         return held_out if isinstance(self.task, EvaluateTask) else training
 
-    def _rehearsed(self, computation: Callable[[DPParameters], Computation], size: int) -> float:
+    def _rehearsed(self, computation: ComputationFactory, size: int) -> float:
         """The seconds after which replies of this run leave, from one round on grey images; 0 where no time matters.
 
         Raises:
@@ -355,7 +380,7 @@ class _ReleaseTransaction:
         """
         if self.device.answer_seconds <= 0 or not self.terms.is_private:
             return 0.0
-        key, schedule = self.task.ledger_key, self.terms.schedule
+        key, schedule = self._work_key, self.terms.schedule
         if (known := self.ledger.work_seconds(key)) is not None:
             return known
         fraction = self.holdout_fraction if isinstance(self.task, EvaluateTask) else 0.0
@@ -369,10 +394,10 @@ class _ReleaseTransaction:
         everybody = replace(self.terms, schedule=replace(schedule, sampling_rate=1.0))
         started = time.perf_counter()
         try:
-            computation(everybody)(_grey_images(count, size))
+            computation(everybody, rehearsal=True)(_grey_images(count, size))
         except (RuntimeError, ValueError, MemoryError) as error:
             raise ConfigError(f"this round fails already on {count} grey images: {error}") from error
-        seconds = MARGIN * (time.perf_counter() - started)
+        seconds = MARGIN * (time.perf_counter() - started) + reading_seconds(self.device.max_photos, size)
         self.ledger.store_work_seconds(key, seconds)
         return seconds
 

@@ -47,7 +47,7 @@ class DeviceConfig:
     # Replies leave at multiples of this time, in seconds, and take as long as those of a library of `max_photos`, so
     # that their time does not show how many photos were computed on (device/reply_time.py); 0: at once.
     answer_seconds: Annotated[float, In("[0, 3600]")] = 60.0
-    max_photos: Annotated[int, In("[1, 1000000]")] = 1_000  # with more photos the device does not take part
+    max_photos: Annotated[int, In("[1, 1000000]")] = 500
 
     def __post_init__(self) -> None:
         if not (0 < len(self.name) <= 80 and self.name.isprintable()):

@@ -95,7 +95,13 @@ def check_request(request: EvaluationRequest, model: Model) -> None:
 
 
 def compute_local_metrics(
-    model: Model, mine: DeviceDataset, request: EvaluationRequest, *, seed: int, rng: NoiseSource
+    model: Model,
+    mine: DeviceDataset,
+    request: EvaluationRequest,
+    *,
+    seed: int,
+    rng: NoiseSource,
+    skip_failures: bool = True,
 ) -> Vector:
     """The sum over this device's units, with noise if the device adds it, shape (d,).
 
@@ -107,6 +113,7 @@ def compute_local_metrics(
         request: The request.
         seed: Public seed of the searches, the same for every photo.
         rng: SecretNoise under a privacy guarantee.
+        skip_failures: Whether a photo on which a network fails contributes zeros; if not, it raises.
 
     Raises:
         ConfigError: The method does not support the model.
@@ -117,7 +124,8 @@ def compute_local_metrics(
 
     def rows(positions: Tensor) -> Tensor:
         parts = [
-            _measured(measure, in_floats(mine.images[i : i + 1]).clone(), config) for i in positions.tolist()
+            _measured(measure, in_floats(mine.images[i : i + 1]).clone(), config, skip_failures)
+            for i in positions.tolist()
         ]
         return average_within_unit(torch.cat(parts), units[positions])
 
@@ -145,11 +153,15 @@ def _metric_function(model: Model, request: EvaluationRequest, seed: int) -> Met
     return measure
 
 
-def _measured(measure: MetricFunction, photo: Images, config: LocalMetricsConfig) -> Tensor:
+def _measured(
+    measure: MetricFunction, photo: Images, config: LocalMetricsConfig, skip_failures: bool
+) -> Tensor:
     """One photo's vector, (1, d); zeros if a network failed on it, because an error would reveal information."""
     try:
         return measure(photo)
     except Exception:
+        if not skip_failures:
+            raise
         log.exception("a photo could not be evaluated; it contributes zeros")
         return torch.zeros(1, config.width)
 

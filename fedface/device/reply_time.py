@@ -2,8 +2,8 @@
 
 Before the first round of a run, a device computes that round once on grey images, as many as a library of `max_photos`
 gives to one step. A reply then leaves at a whole multiple of `answer_seconds` of the clock, `MARGIN` times that long
-after the computation began. The device does nothing else until then, so that the time of no other reply shows when the
-computation ended.
+and the time to read `max_photos` photos after the computation began. The device does nothing else until then, so that
+the time of no other reply shows when the computation ended.
 
 The number of photos in a round exceeds the number rehearsed with probability `OVERFLOW_PROBABILITY` at most
 (Bernstein's inequality; Boucheron, Lugosi and Massart 2013, "Concentration Inequalities", Corollary 2.11). Work that
@@ -16,8 +16,13 @@ from __future__ import annotations
 import math
 import time
 
+from fedface.photos.training_crops import MAX_STORED_SIDE
 from fedface.training.unit_clipping import MAX_PHOTOS_PER_UNIT
 
+READING_SECONDS = 0.5  # allowed for each photo, new ones included: decoding, finding the face, cutting it out
+READING_LARGE_SECONDS = (
+    8.0  # the same for faces larger than those that are stored: decoded anew in each round
+)
 MARGIN = 2.0  # by how much the rehearsal is multiplied: a step may need one microbatch more than the mean
 OVERFLOW_PROBABILITY = 1e-12  # that the photos of a round are more than were rehearsed
 
@@ -38,6 +43,11 @@ def photos_per_step(max_photos: int, probability: float, *, steps: int, in_units
     linear = largest * log_odds / 3
     excess = linear + math.sqrt(linear**2 + 2 * variance * log_odds)
     return min(max_photos, math.ceil((mean + excess) / steps))
+
+
+def reading_seconds(max_photos: int, size: int) -> float:
+    """The seconds allowed for reading a library's faces of `size` pixels a side."""
+    return max_photos * (READING_SECONDS if size <= MAX_STORED_SIDE else READING_LARGE_SECONDS)
 
 
 class ReplyTime:

@@ -146,7 +146,7 @@ class SandboxedDecoder:
         except _DecoderTimeout as delay:
             self._end()
             self.restarts += 1
-            return PhotoUnreadable(str(delay))
+            return PhotoError(str(delay))  # not tried again: it would delay every round
 
     def _receive(self, count: int, deadline: float) -> bytearray:
         """Exactly `count` bytes from the child, or the reason why they did not come."""

@@ -41,15 +41,11 @@ LARGEST_ONE = 2**17  # points of one release's loss grid, which the library fill
 MAX_GRID_STEP = 50.0  # what needs a wider grid (epsilon beyond 1e7) is priced as no noise at all
 COARSE = 8  # how much coarser the grid is while bracketing the noise
 MAX_NOISE_MULTIPLIER = 1e4  # of a plan and of a task
-# The least noise of a plan and of a task. With less, and a rate below delta, a small epsilon would be true while the
-# few units that join a step are disclosed almost in full.
-MIN_NOISE_MULTIPLIER = 0.3
 # Noise multipliers and sampling rates are numbers of a public grid: a server cannot encode anything in them, and a
 # ledger holds few kinds of releases.
 GRID_DIGITS = 4
 _GRID_DECADE = 9 * 10 ** (GRID_DIGITS - 1)  # numbers between two powers of ten
 _GRID_DECADES = 6  # from 0.01 to MAX_NOISE_MULTIPLIER
-_GRID_FLOOR = _GRID_DECADE + 2 * 10 ** (GRID_DIGITS - 1)  # the index of MIN_NOISE_MULTIPLIER
 
 
 def _is_private(leaves: Releases) -> bool:
@@ -195,7 +191,7 @@ def calibrate_noise_multiplier(target: PrivacyTarget, event_of: Callable[[float]
         event_of: The whole run's event as a function of sigma; more noise must cost less.
 
     Returns:
-        Sigma, between `MIN_NOISE_MULTIPLIER` and `MAX_NOISE_MULTIPLIER`.
+        Sigma, between 0.01 and `MAX_NOISE_MULTIPLIER`.
 
     Raises:
         PrivacyError: No amount of noise in that range meets the target.
@@ -206,7 +202,7 @@ def calibrate_noise_multiplier(target: PrivacyTarget, event_of: Callable[[float]
 
     def smallest(high: int, coarser: int) -> int:
         """The smallest index that fits, up to `high`, which does: by interpolation, since each price takes long."""
-        low, below, above = _GRID_FLOOR - 1, math.inf, price(high, coarser)
+        low, below, above = -1, math.inf, price(high, coarser)
         for turn in itertools.count(1):
             if high - low <= 1:
                 return high

@@ -36,6 +36,7 @@ from fedface.privacy.ledger_records import (
     TransmissionInfo,
     Withdrawal,
     decode,
+    metrics_ledger_key,
     run_name,
 )
 from fedface.privacy.mechanism import Event
@@ -664,8 +665,10 @@ class Ledger:
         return begun >= FREE_ATTEMPTS or (begun > 0 and self._retries(page, entry.run) >= FREE_RETRIES)
 
     def _retries(self, page: Transaction, run: str) -> int:
-        """How many computations of a run were begun beside the first of each entry."""
-        entries = {entry.number for entry in self._all_entries(page, run)}
+        """How many computations of a run, training and evaluation, were begun beside the first of each entry."""
+        name = run_name(run)
+        keys = (name, metrics_ledger_key(name))
+        entries = {entry.number for key in keys for entry in self._all_entries(page, key)}
         begun = [
             record.entry for record in page.records if record.kind == Attempt.KIND and record.entry in entries
         ]

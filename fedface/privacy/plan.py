@@ -23,7 +23,6 @@ from fedface.privacy.accounting import (
     ADJACENCY,
     GRID_DIGITS,
     MAX_NOISE_MULTIPLIER,
-    MIN_NOISE_MULTIPLIER,
     calibrate_noise_multiplier,
     epsilon_of,
     reconstruction_success_bound,
@@ -67,13 +66,6 @@ class DPParameters:
     noise_multiplier: Annotated[float, In(f"[0, {MAX_NOISE_MULTIPLIER:g}]"), Digits(GRID_DIGITS)]
     unit: Unit = "photo"  # whose vector is clipped: what the guarantee covers
     update_clip_norm: ClipNorm = 1.0  # unit library: longest update of one device, in public ranges
-
-    def __post_init__(self) -> None:
-        if 0 < self.noise_multiplier < MIN_NOISE_MULTIPLIER:
-            raise ValueError(
-                f"noise_multiplier must be 0 or at least {MIN_NOISE_MULTIPLIER:g}, got {self.noise_multiplier:g}: with "
-                "so little noise a unit that joins a step is disclosed"
-            )
 
     @property
     def is_private(self) -> bool:

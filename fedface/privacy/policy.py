@@ -34,6 +34,7 @@ from fedface.validation import Above, AtLeast, checked
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 COOLDOWN = timedelta(minutes=15)  # after a computation began, where the policy has a max_load
 EVALUATION = "evaluation"  # the objective of a task that only measures
+LEAST_RATE = 10  # times delta: a smaller sampling rate lets delta cover the disclosure of those that join
 LARGE_DELTA = 1e-2  # above it, the probability that the bound does not hold must be stated
 PROTOCOLS = ("homomorphic", "plain")  # the kinds of aggregation that there are
 OWN_METADATA = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
@@ -243,6 +244,13 @@ class DevicePolicy:
         if terms.noise_at == "server" and not self.trust_server:
             raise PolicyRefusal(
                 "in this run the server adds the noise; the owner of this device does not trust servers with that"
+            )
+        rate = terms.schedule.sampling_rate
+        if terms.noise_at == "device" and rate < LEAST_RATE * self.delta:
+            raise PolicyRefusal(
+                f"the sampling rate {rate:g} is below {LEAST_RATE} times this device's delta {format_delta(self.delta)}: "
+                "delta alone would cover a step that discloses the few units that join it",
+                advice="Raise the sampling rate.",
             )
 
     def _admit_price(self, planned: PlannedRound, ledger: Ledger) -> None:

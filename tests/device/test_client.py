@@ -361,7 +361,7 @@ def test_forged_parameters_are_refused(device: Device, task: TrainTask, change: 
 
 def test_the_cost_is_computed_from_the_noise_of_the_task(device: Device, task: TrainTask) -> None:
     """A server that sends less noise is charged for it."""
-    quiet = replace(task.config.dp, noise_multiplier=0.35)
+    quiet = replace(task.config.dp, noise_multiplier=0.01)
     assert quiet.noise_multiplier < task.config.dp.noise_multiplier
     answer = handle_task(
         replace(task, config=replace(task.config, dp=quiet)), replace(device, photos=unreadable)

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import WAYS, first_device, tiny_experiment, tiny_gan, tiny_way, train_task
+from tiny import WAYS, evaluate_task, first_device, tiny_experiment, tiny_way, train_task
 
 from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
-from fedface.coordinator.device_evaluation import Evaluation
 from fedface.device.client import handle_task
-from fedface.experiment import Experiment
-from fedface.messages.messages import EvaluateResult, EvaluateTask, TrainResult
+from fedface.messages.messages import EvaluateResult, TrainResult
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.mechanism import GaussianSum
@@ -43,21 +41,6 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(dp_sgd, "add_noise", spy)
     return seen
-
-
-def evaluate_task(experiment: Experiment) -> EvaluateTask:
-    """The coordinator's request for the metrics of the model before training."""
-    assert experiment.evaluation is not None
-    evaluation = Evaluation(
-        run="tiny",
-        number=1,
-        name="before training",
-        model=tiny_gan(),
-        releases=experiment.plan().releases,
-        config=experiment.evaluation.metrics,
-        holdout_fraction=experiment.evaluation.holdout_fraction,
-    )
-    return evaluation.task(experiment, 2)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -12,12 +12,12 @@ from statistics import NormalDist
 import pytest
 import torch
 from scipy.stats import binom
-from tiny import first_device, tiny_experiment, tiny_gan, train_task
+from tiny import evaluate_task, first_device, tiny_experiment, tiny_gan, train_task
 
 from fedface.device import client, reply_time
 from fedface.device.client import handle_task
 from fedface.device.device import Device
-from fedface.device.reply_time import OVERFLOW_PROBABILITY, ReplyTime, photos_per_step
+from fedface.device.reply_time import OVERFLOW_PROBABILITY, ReplyTime, photos_per_step, reading_seconds
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment
 from fedface.messages.messages import Refusal, TrainResult, TrainTask
@@ -162,6 +162,51 @@ def test_a_run_is_rehearsed_once(
     durations(device, task, clock, rounds=1)
     durations(replace(device), replace(task, round=2), clock, rounds=1)
     assert counts == [40]
+
+
+def test_another_recipe_is_rehearsed_anew(
+    device_of: Callable[[int], Device], task: TrainTask, monkeypatch: pytest.MonkeyPatch, clock: VirtualClock
+) -> None:
+    """Otherwise a run would announce the time of a cheap round for a costly one."""
+    counts: list[int] = []
+    grey = client._grey_images
+
+    def counted(count: int, size: int) -> DeviceDataset:
+        counts.append(count)
+        return grey(count, size)
+
+    monkeypatch.setattr(client, "_grey_images", counted)
+    device = device_of(3)
+    durations(device, task, clock, rounds=1)
+    training = replace(task.config.training, fake_batch_size=3)  # type: ignore[type-var]
+    handle_task(replace(task, round=2, config=replace(task.config, training=training)), device)
+    assert counts == [40, 40]
+
+
+@pytest.mark.parametrize(("size", "seconds"), [(16, 20.0), (256, 20.0), (257, 320.0), (1024, 320.0)])
+def test_reading_the_library_has_a_public_time(size: int, seconds: float) -> None:
+    """40 photos: half a second each, and eight where crops are too large to be stored."""
+    assert reading_seconds(40, size) == seconds
+
+
+def test_a_network_that_fails_on_grey_images_is_refused(
+    device_of: Callable[[int], Device], experiment: Experiment, tmp_path: Path
+) -> None:
+    """A rehearsal that ends early, on images that a hostile encoder rejects, would announce too short a time."""
+    changes = {"evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5, metrics: {min_group_size: 2}}"}
+    experiment = tiny_experiment(tmp_path / "recipe", changes=changes)
+    device = replace(first_device(experiment, tmp_path / "devices"), answer_seconds=60.0)
+    task = evaluate_task(experiment)
+
+    def fails(self: object, photos: torch.Tensor, **more: object) -> None:
+        raise ValueError("not finite")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedface.device.client.check_request", lambda *given: None)
+        patch.setattr("fedface.upsampling.pulse.PulseUpsampler.upsample", fails)
+        with pytest.raises(ConfigError, match="grey images: not finite"):
+            handle_task(task, device)
+    assert not device.ledger().entries()
 
 
 def test_work_that_overruns_delays_the_later_replies_too(

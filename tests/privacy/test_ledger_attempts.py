@@ -131,6 +131,10 @@ def test_six_repetitions_are_free_in_a_whole_run(ledger: Ledger) -> None:
             ledger.record_attempt("r", round, attempt=entry.attempt)
         attempts.append(entry.attempt)
     assert attempts == [1, 1, 1, 1, 1, 1, 2]
+    for _ in range(2):  # its evaluations are part of it
+        entry = ledger.record(EVENT, run="r/metrics", round=1)
+        ledger.record_attempt("r/metrics", 1, attempt=entry.attempt)
+    assert entry.attempt == 2
     assert record_run(ledger, [ROOM], run="other", round=1).attempt == 1
 
 

@@ -456,3 +456,15 @@ def test_the_load_of_a_computation_is_not_an_answer(ledger: Ledger) -> None:
             policy.admit(TERMS, PURPOSE, record_run, run=run, round=2, environment=Machine())
     now += timedelta(minutes=16)
     policy.admit(TERMS, PURPOSE, record_run, run="r", round=2, environment=Machine())
+
+
+def test_a_sampling_rate_below_ten_times_delta_is_refused(ledger: Ledger) -> None:
+    """At sigma 0.01 and a rate below delta, epsilon 0.05 is true while those that join are disclosed."""
+    rare = replace(SCHEDULE, rounds=1, steps_per_round=1, sampling_rate=9e-6)
+    terms = DPParameters(schedule=rare, noise_multiplier=0.01, unit="photo")
+    assert epsilon_of(terms.event(), 1e-5).upper < 0.06
+    policy = DevicePolicy(max_epsilon=8, delta=1e-5, unit="photo", objectives=("generator",))
+    purpose = Purpose(8, "homomorphic", "generator")
+    with pytest.raises(PolicyRefusal, match="below 10 times this device's delta"):
+        policy.check_static(terms, purpose)
+    policy.check_static(replace(terms, schedule=replace(rare, sampling_rate=1e-4)), purpose)
