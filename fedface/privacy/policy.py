@@ -248,8 +248,8 @@ class DevicePolicy:
         rate = terms.schedule.sampling_rate
         if terms.noise_at == "device" and rate < LEAST_RATE * self.delta:
             raise PolicyRefusal(
-                f"the sampling rate {rate:g} is below {LEAST_RATE} times this device's delta {format_delta(self.delta)}: "
-                "delta alone would cover a step that discloses the few units that join it",
+                f"the sampling rate {rate:g} is below {LEAST_RATE} times this device's delta "
+                f"{format_delta(self.delta)}: delta alone would cover a step that discloses the few units that join it",
                 advice="Raise the sampling rate.",
             )
 
