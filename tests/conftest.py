@@ -16,6 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> Iterator[None]:
+    """A device's process flushes them, also that of a test; the next test has them again."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference data beside the checkout; a test that needs it is skipped where it is absent."""

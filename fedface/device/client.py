@@ -20,6 +20,7 @@ import torch
 
 from fedface.aggregation.homomorphic import HomomorphicKeys, make_device
 from fedface.aggregation.payload import (
+    Aggregation,
     AggregationConfig,
     AggregationParameters,
     HomomorphicConfig,
@@ -62,6 +63,7 @@ from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.policy import EVALUATION, Purpose
+from fedface.privacy.spending import ENTRY_LIFETIME
 from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Vector
 from fedface.training.dp_sgd import check_mechanism
@@ -304,6 +306,8 @@ class _ReleaseTransaction:
             entry = device.policy.record(
                 task.releases, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
             )
+            # A reply that was stored before the power failed leaves no sooner than one that is computed again.
+            self.leaves.begin_work(ledger.work_seconds(self._announced_key) or 0.0)
             if stored == FAILED:
                 closed = "this round failed on this device and is closed"
                 return Refusal(device=device.name, reason=closed), None
@@ -331,13 +335,14 @@ class _ReleaseTransaction:
         task, device, ledger = self.task, self.device, self.ledger
         compute = computation(self.terms)
         sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
-        expected = self._rehearsed(computation, size)
+        announced = self._announced(computation, sums, size)
         # Record before reading a photo: a crash from here on may waste budget but never overspend it.
         entry = device.policy.record(
             task.releases, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
         )
         ledger.record_attempt(task.ledger_key, task.round, attempt=entry.attempt)
-        self.leaves.begin_work(expected)
+        ledger.store_work_seconds(self._announced_key, announced)
+        self.leaves.begin_work(announced)
         try:
             vector: Vector | None = None
             try:
@@ -354,16 +359,12 @@ class _ReleaseTransaction:
             # It also failed without photos, so the error reveals nothing about them; it is not retried.
             ledger.store_reply(task.ledger_key, task.round, FAILED, attempt=entry.attempt)
             raise
+        finally:
+            if (used := self.leaves.overran()) is not None:
+                log.warning("this round took longer than announced; replies of this run leave later")
+                ledger.store_work_seconds(task.ledger_key, used)
         ledger.store_reply(task.ledger_key, task.round, payload, attempt=entry.attempt)
-        if (used := self.leaves.overran()) is not None:
-            log.warning("this round took longer than announced; replies of this run leave later")
-            ledger.store_work_seconds(self._work_key, used)
         return payload, seconds, entry
-
-    @property
-    def _work_key(self) -> str:
-        """A run may change its recipe from round to round, and then takes another time."""
-        return f"{self.task.ledger_key} {self.metadata['recipe']}"
 
     def _chosen(self, own: DeviceDataset) -> DeviceDataset:
         """The faces that this release may use: for training those that are not held out, else those that are."""
@@ -372,17 +373,18 @@ class _ReleaseTransaction:
         training, held_out = own.split(self.holdout_fraction, self.terms.unit)
         return held_out if isinstance(self.task, EvaluateTask) else training
 
-    def _rehearsed(self, computation: ComputationFactory, size: int) -> float:
-        """The seconds after which replies of this run leave, from one round on grey images; 0 where no time matters.
+    def _announced(self, computation: ComputationFactory, sums: Aggregation, size: int) -> float:
+        """The seconds after which this reply leaves, from one step on grey images; 0 where no time matters.
+
+        Each round is rehearsed with its own weights: they may decide how fast a network is.
 
         Raises:
-            ConfigError: The round fails on grey images, which shows nothing of a photo; nothing was recorded.
+            ConfigError: The round fails on grey images or takes too long, which shows nothing of a photo; nothing was
+                recorded.
         """
         if self.device.answer_seconds <= 0 or not self.terms.is_private:
             return 0.0
-        key, schedule = self._work_key, self.terms.schedule
-        if (known := self.ledger.work_seconds(key)) is not None:
-            return known
+        schedule = self.terms.schedule
         fraction = self.holdout_fraction if isinstance(self.task, EvaluateTask) else 0.0
         count = photos_per_step(
             self.device.max_photos,
@@ -390,16 +392,29 @@ class _ReleaseTransaction:
             steps=schedule.steps_per_round,
             in_units=self.terms.unit == "occasion",
         )
-        log.info("rehearsing a round on %d grey images, to know how long replies of this run take", count)
-        everybody = replace(self.terms, schedule=replace(schedule, sampling_rate=1.0))
+        log.info("rehearsing a step on %d grey images, to know how long this round takes", count)
+        one_step = replace(self.terms, schedule=replace(schedule, sampling_rate=1.0, steps_per_round=1))
         started = time.perf_counter()
         try:
-            computation(everybody, rehearsal=True)(_grey_images(count, size))
+            vector = computation(one_step, rehearsal=True)(_grey_images(count, size))
+            computed = time.perf_counter()
+            sums.protect(vector, self.task.round).to_bytes()
         except (RuntimeError, ValueError, MemoryError) as error:
             raise ConfigError(f"this round fails already on {count} grey images: {error}") from error
-        seconds = MARGIN * (time.perf_counter() - started) + reading_seconds(self.device.max_photos, size)
-        self.ledger.store_work_seconds(key, seconds)
-        return seconds
+        protected = time.perf_counter() - computed
+        work = schedule.steps_per_round * (computed - started) + protected
+        seconds = MARGIN * work + reading_seconds(self.device.max_photos, size)
+        if seconds > ENTRY_LIFETIME.total_seconds() / 2:
+            most = ENTRY_LIFETIME.total_seconds() / 7200
+            raise ConfigError(
+                f"this round takes {seconds / 3600:.0f} hours, at most {most:.0f} are allowed: nothing was recorded"
+            )
+        return max(seconds, self.ledger.work_seconds(self.task.ledger_key) or 0.0)
+
+    @property
+    def _announced_key(self) -> str:
+        """Under which the announced seconds of this round are stored; no name of a run has a line break."""
+        return f"{self.task.ledger_key}\n{self.task.round}"
 
 
 def _grey_images(count: int, size: int) -> DeviceDataset:

@@ -1,9 +1,9 @@
 """When a reply leaves: a time that follows from public numbers alone, whichever photos took part.
 
-Before the first round of a run, a device computes that round once on grey images, as many as a library of `max_photos`
-gives to one step. A reply then leaves at a whole multiple of `answer_seconds` of the clock, `MARGIN` times that long
-and the time to read `max_photos` photos after the computation began. The device does nothing else until then, so that
-the time of no other reply shows when the computation ended.
+Before a round, a device computes one of its steps on grey images, as many as a library of `max_photos` gives to a step.
+The reply then leaves at a whole multiple of `answer_seconds` of the clock: `MARGIN` times as long after the computation
+began as all steps take, and the time to read `max_photos` photos. The device does nothing else until then, so that the
+time of no other reply shows when the computation ended.
 
 The number of photos in a round exceeds the number rehearsed with probability `OVERFLOW_PROBABILITY` at most
 (Bernstein's inequality; Boucheron, Lugosi and Massart 2013, "Concentration Inequalities", Corollary 2.11). Work that
