@@ -3,9 +3,10 @@
     python benchmarks/reply_time.py [--rounds 10]
 
 Every photo joins every step, and 16 photos fill a microbatch, so that the 17th costs a second one. For each library the
-same rounds are requested in turns. Printed is the AUC of the reply time as a test for the 17th photo (0.5: a guess), once for replies that leave at once and once for replies that leave
-when device/reply_time.py says, beside the AUC that the recorded price of each round's floor allows (Gaussian mechanism
-with multiplier 200: Dong, Roth and Su 2019, arXiv:1905.02383).
+same rounds are requested in turns. Printed is the AUC of the reply time as a test for the 17th photo (0.5: a guess),
+once for replies that leave at once and once for replies that leave when device/reply_time.py says, beside the AUC that
+the recorded price of each round's floor allows (Gaussian mechanism with multiplier 200: Dong, Roth and Su 2019,
+arXiv:1905.02383).
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from fedface.device.device import Device
 from fedface.messages.messages import TrainResult, TrainTask
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.mechanism import ROUND_FLOOR_MULTIPLIER
-
 
 SLOT = 12.0  # s; one includes the time allowed for reading 17 photos, 8.5 s
 
