@@ -27,6 +27,7 @@ OCCASION = {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: oc
 EVALUATION = {
     "evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5, metrics: {min_group_size: 2}}",
     "upsampling": "{method: {kind: pulse, steps: 2, mapping_samples: 64}}",
+    "devices.photos_per_device": "6",
 }
 
 
