@@ -341,8 +341,9 @@ class _ReleaseTransaction:
             task.releases, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
         )
         ledger.record_attempt(task.ledger_key, task.round, attempt=entry.attempt)
-        ledger.store_work_seconds(self._announced_key, announced)
-        self.leaves.begin_work(announced)
+        if announced > 0:
+            ledger.store_work_seconds(self._announced_key, announced)
+            self.leaves.begin_work(announced)
         try:
             vector: Vector | None = None
             try:
