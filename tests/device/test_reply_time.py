@@ -208,9 +208,7 @@ def test_reading_the_library_has_a_public_time(size: int, seconds: float) -> Non
     assert reading_seconds(40, size) == seconds
 
 
-def test_a_network_that_fails_on_grey_images_is_refused(
-    device_of: Callable[[int], Device], experiment: Experiment, tmp_path: Path
-) -> None:
+def test_a_network_that_fails_on_grey_images_is_refused(tmp_path: Path, clock: VirtualClock) -> None:
     """A rehearsal that ends early, on images that a hostile encoder rejects, would announce too short a time."""
     changes = {"evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5, metrics: {min_group_size: 2}}"}
     experiment = tiny_experiment(tmp_path / "recipe", changes=changes)
