@@ -25,7 +25,6 @@ from fedface.cli.child_processes import (
     stopped_by_sigterm,
 )
 from fedface.cli.console import say
-from fedface.config import local_path
 from fedface.device.config import (
     DeviceConfig,
     check_state_folder,
@@ -49,17 +48,15 @@ def device_start(path: Path) -> None:
         ConfigError: The device file or one of its files is wrong, or this version of Flower is not supported.
         FederationError: The server cannot be reached, or the SuperNode ended.
     """
-    config, home = read_device_config(path), path.resolve().parent
-    certificate, key = local_path(config.certificate, home), local_path(config.node_key, home)
-    state = local_path(config.state, home)
-    _check_files(path, certificate, key)
-    _check_server(path, config.server, certificate)
-    check_state_folder(path, state)
+    config = read_device_config(path)
+    _check_files(path, config)
+    _check_server(path, config)
+    check_state_folder(path, config.state)
     _log_to_stderr()
     try:
-        with stopped_by_sigterm(), _supernode(config, certificate, key, state) as (node, port, secret):
+        with stopped_by_sigterm(), _supernode(config) as (node, port, secret):
             say("Code that a server sends is never run: this device answers with its installed fedface.")
-            _restrict(config, home, state, port)
+            _restrict(config, path.resolve().parent, port)
             try:
                 node.wait_until(lambda: CONNECTED in node.output())
                 say(
@@ -74,7 +71,8 @@ def device_start(path: Path) -> None:
         say("stopped; the ledger and stored replies stay in the state folder")
 
 
-def _check_files(path: Path, certificate: Path, key: Path) -> None:
+def _check_files(path: Path, config: DeviceConfig) -> None:
+    certificate, key = config.certificate, config.node_key
     if not certificate.is_file():
         raise ConfigError(
             f"{path}: certificate: there is no file {certificate}; ask the server's operator for its ca.crt"
@@ -88,8 +86,9 @@ def _check_files(path: Path, certificate: Path, key: Path) -> None:
         raise ConfigError(f"{path}: node_key: other users can read {key}; run chmod 600 on it")
 
 
-def _check_server(path: Path, server: str, certificate: Path) -> None:
+def _check_server(path: Path, config: DeviceConfig) -> None:
     """Ask the server once, for a reason in one sentence where the SuperNode would try for ever or give a number."""
+    server, certificate = config.server, config.certificate
     found = re.fullmatch(r"\[?([^\s\[\]/]+)\]?:(\d{1,5})", server)
     if found is None:
         raise ConfigError(
@@ -124,14 +123,13 @@ def _check_server(path: Path, server: str, certificate: Path) -> None:
 
 
 @contextmanager
-def _supernode(
-    config: DeviceConfig, certificate: Path, key: Path, state: Path
-) -> Iterator[tuple[Child, int, bytes]]:
+def _supernode(config: DeviceConfig) -> Iterator[tuple[Child, int, bytes]]:
     """Flower's SuperNode; yields it, and port and secret of its runtime endpoint. It ends on leaving."""
     with socket.create_server((LOOPBACK, 0)) as free:
         port = int(free.getsockname()[1])
     secret = secrets.token_hex(32).encode()
-    secret_file = state / f"runtime-{secrets.token_hex(4)}.secret"
+    certificate, key = config.certificate, config.node_key
+    secret_file = config.state / f"runtime-{secrets.token_hex(4)}.secret"
     command = [
         "flower-supernode", "--superlink", config.server,
         "--root-certificates", str(certificate), "--auth-supernode-private-key", str(key),
@@ -142,7 +140,7 @@ def _supernode(
     try:
         with started(
             command,
-            state / "supernode.log",
+            config.state / "supernode.log",
             prepare=lambda: restrict(read=[certificate, key, secret_file], write=[], connect=None),
         ) as node:
             node.wait_until(lambda: listens(port), seconds=START_SECONDS)
@@ -160,24 +158,20 @@ def _why_ended(node: Child, server: str) -> str:
     return f"the connection to {server} has ended: {node.why_ended()}{unknown if 'activate' in node.output() else ''}"
 
 
-def _restrict(config: DeviceConfig, home: Path, state: Path, port: int) -> None:
+def _restrict(config: DeviceConfig, home: Path, port: int) -> None:
     """Take from this process what answering tasks does not need, before anything is received, and say what it was."""
-    photos = local_path(config.photos, home)
-    index = default_cache(photos).parent
-    temporary = state / "tmp"  # torch insists on one, and /tmp is open to others
+    index = default_cache(config.photos).parent
+    temporary = config.state / "tmp"  # torch insists on one, and /tmp is open to others
     for folder in (index, temporary):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.environ["TMPDIR"] = str(temporary)
-    read, write = (
-        [photos, home],
-        [state, index],
-    )  # an editor may replace the device file, so its folder is needed
+    # An editor may replace the device file, so its folder is needed.
+    read, write = [config.photos, home], [config.state, index]
     if config.detector is not None:
-        read.append(local_path(config.detector, home))
+        read.append(config.detector)
     if config.witness is not None:
-        witness = local_path(config.witness, home)
-        witness.mkdir(exist_ok=True, mode=0o700)
-        write.append(witness)
+        config.witness.mkdir(exist_ok=True, mode=0o700)
+        write.append(config.witness)
     given = restrict(read=read, write=write, connect=[port])
     if given.enforced:
         say(f"The system keeps from the code that sees photos: {', '.join(given.enforced)}.")

@@ -67,6 +67,8 @@ def read_device_file(path: Path) -> DeviceConfig:
         state=local_path(config.state, home),
         detector=None if config.detector is None else local_path(config.detector, home),
         witness=None if config.witness is None else local_path(config.witness, home),
+        certificate=local_path(config.certificate, home),
+        node_key=local_path(config.node_key, home),
     )
 
 

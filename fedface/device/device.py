@@ -104,25 +104,18 @@ def load_device(path: Path) -> Device:
     )
 
 
-def _detector(config: DeviceConfig) -> EmbeddedDetector | YuNetDetector:
-    return EmbeddedDetector() if config.detector is None else YuNetDetector(config.detector)
-
-
-def _selection(config: DeviceConfig) -> PhotoSelection:
-    policy = config.policy
-    return PhotoSelection(folders=tuple(policy.folders), exclude_folders=tuple(policy.exclude_folders))
-
-
 def _faces(config: DeviceConfig, size: int) -> DeviceDataset:
     """All face crops of the photos; empty if there are none.
 
     Without a face the reply is noise alone, and a photo that was just deleted is left out. An error instead would
     reveal to the server, without noise, that the folder is empty or that a photo changed.
     """
-    finder = _detector(config)
+    finder = EmbeddedDetector() if config.detector is None else YuNetDetector(config.detector)
+    policy = config.policy
+    selection = PhotoSelection(folders=tuple(policy.folders), exclude_folders=tuple(policy.exclude_folders))
     try:
-        scan_library(config.photos, detector=finder, crop_size=size, selection=_selection(config))
-        library = PhotoLibrary(config.photos, detector=finder.name, selection=_selection(config))
+        scan_library(config.photos, detector=finder, crop_size=size, selection=selection)
+        library = PhotoLibrary(config.photos, detector=finder.name, selection=selection)
     except EmptyLibrary as error:
         log.warning("%s; the reply to this round is noise alone", error)
         return DeviceDataset.independent(torch.zeros(0, 3, size, size))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile_bundle import project
 from png_files import write_png
 
 from fedface.privacy.ledger import Ledger
@@ -37,21 +38,7 @@ SMALLER = {
     ),
 }
 
-HOSTILE_PROJECT = """
-[project]
-name = "hostile"
-version = "1.0.0"
-license = {file = "LICENSE"}
-dependencies = ["flwr>=1.41"]
-[tool.flwr.app]
-publisher = "mallory"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-fab-include = ["LICENSE", "hostile.py"]
-[tool.flwr.app.components]
-serverapp = "hostile:server"
-clientapp = "hostile:client"
-"""
+HOSTILE_PROJECT = project("hostile.py", server="hostile:server", client="hostile:client")
 # It runs on the server as well, which shows that it would write the file.
 HOSTILE = """
 import os, time

@@ -38,6 +38,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_task_output
+from hostile_bundle import project
 from tiny import NO_PRIVACY, tiny_experiment, tiny_gan, train_task
 
 from fedface.errors import FederationError
@@ -49,24 +50,14 @@ from fedface.transport.wire import from_record, to_record
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = b"a secret of this device"
 NODE = 7
-PROJECT = """
-[project]
-name = "hostile"
-version = "1.0.0"
-license = {file = "LICENSE"}
-dependencies = ["flwr>=1.41"]
-[tool.flwr.app]
-publisher = "mallory"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-fab-include = ["LICENSE", "evil/*.py"]
-[tool.flwr.app.components]
-serverapp = "evil.client:app"
-clientapp = "evil.client:app"
+PROJECT = (
+    project("evil/*.py", server="evil.client:app", client="evil.client:app")
+    + """
 [tool.flwr.app.config]
 device = "/elsewhere/device.yaml"
 allow_no_dp = true
 """
+)
 HOSTILE = """
 import pathlib
 from flwr.app import Message, RecordDict
