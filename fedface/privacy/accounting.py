@@ -10,7 +10,6 @@ reconstruction is that of Hayes et al. (2023), arXiv:2302.07225.
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -202,19 +201,21 @@ def calibrate_noise_multiplier(target: PrivacyTarget, event_of: Callable[[float]
 
     def smallest(high: int, coarser: int) -> int:
         """The smallest index that fits, up to `high`, which does: by interpolation, since each price takes long."""
-        low, below, above = -1, math.inf, price(high, coarser)
-        for turn in itertools.count(1):
-            if high - low <= 1:
-                return high
-            middle = (low + high) // 2
-            if turn % 4:
-                middle = _crossing((low, below), (high, above), target.epsilon)
+        low, below, above, turn = -1, math.inf, price(high, coarser), 0
+        while high - low > 1:
+            turn += 1
+            interpolated = (
+                turn % 4 != 0
+            )  # each fourth time the middle, where prices are far from a power of sigma
+            middle = (
+                _crossing((low, below), (high, above), target.epsilon) if interpolated else (low + high) // 2
+            )
             found = price(middle, coarser)
             if found <= target.epsilon:
                 high, above = middle, found
             else:
                 low, below = middle, found
-        raise AssertionError("unreachable")
+        return high
 
     top = _GRID_DECADES * _GRID_DECADE
     if price(top, 1) > target.epsilon:
