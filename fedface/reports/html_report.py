@@ -218,7 +218,8 @@ def _curves(record: RunRecord) -> list[dict[str, Markup | str]]:
         first, last = number_format.number(line.estimate[0]), number_format.number(line.estimate[-1])
         alt = f"{title} by round: from {first} to {last}"
         svg = themed(charts.curve([line], from_zero=from_zero), f"curve{index}", alt)
-        panels.append({"title": title, "unit": unit, "svg": svg})
+        counts = ", ".join(str(count) for count in dict.fromkeys(value.count for _, value in known))
+        panels.append({"title": title, "unit": "; ".join(filter(None, (unit, f"n = {counts}"))), "svg": svg})
     panels.append(_epsilon_curve(record))
     return panels
 

@@ -102,6 +102,15 @@ def test_a_gap_that_only_changed_its_sign_did_not_change_its_size(record: RunRec
     assert "no change is shown" in headline_summary.headline_summary(swapped)[0]
 
 
+def test_each_curve_states_how_many_samples_it_is_of(record: RunRecord, folder: Path) -> None:
+    """Its interval means nothing without; a count that changes is given for each."""
+    before = Interval(estimate=4.0, low=3.5, high=4.5, count=64)
+    rounds = tuple(replace(entry, metrics={"monk": before}) for entry in record.rounds[:-1])
+    rounds += (replace(record.rounds[-1], metrics={"monk": replace(before, count=48)}),)
+    page = html_report.render(replace(record, metrics_before={"monk": before}, rounds=rounds), folder)
+    assert "mean Monk step, 1 light to 10 dark; n = 64, 48" in page
+
+
 def test_the_page_loads_nothing_from_the_network(html: str) -> None:
     reader = read(html)
     assert all(link.startswith(("data:image/", "#")) for link in reader.links)
