@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedface.coordinator.device_evaluation import Evaluation
+from fedface.coordinator.requests import round_config
 from fedface.coordinator.run import initialize_run
 from fedface.device.client import handle_task
 from fedface.device.device import Device
 from fedface.experiment import Experiment, devices_folder, read_experiment
-from fedface.messages.messages import EvaluateTask, RoundConfig, TrainTask
+from fedface.messages.messages import EvaluateTask, TrainTask
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, save_model, weights_hash
 from fedface.models.discriminator import DiscriminatorConfig
 from fedface.models.latent_encoder import LatentEncoderConfig
@@ -167,13 +168,7 @@ def train_task(
         round=round,
         cohort=cohort,
         seed=3,
-        config=RoundConfig(
-            dp=experiment.plan().dp_parameters,
-            training=experiment.training,
-            architecture=gan.architecture,
-            aggregation=experiment.aggregation,
-            agreement=experiment.agreement,
-        ),
+        config=round_config(experiment, experiment.plan(), gan),
         weights=flatten_parameters(*gan.modules()),
         buffers=flatten_buffers(*gan.modules()),
         model=weights_hash(*gan.modules()),

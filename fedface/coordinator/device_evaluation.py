@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from fedface.audits.dp_metric_estimates import estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.coordinator.aggregate import collect_and_sum, noised_sum
+from fedface.coordinator.requests import evaluation_request
 from fedface.coordinator.rounds import ProgressListener, WithdrawalHandler
 from fedface.coordinator.run_state import RunState
 from fedface.experiment import Experiment
 from fedface.measurements import Epsilon, NotMeasured
 from fedface.messages.cohort import Cohort
-from fedface.messages.messages import EvaluateTask, EvaluationRequest
+from fedface.messages.messages import EvaluateTask
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
 from fedface.models.model import Model
 from fedface.privacy.accounting import epsilon_of
@@ -54,15 +55,8 @@ class Evaluation:
             round=self.number,
             cohort=cohort,
             seed=Streams(experiment.seed).child("metrics").seed,
-            request=EvaluationRequest(
-                dp=self.dp,
-                architecture=self.model.architecture,
-                method=experiment.method_for(self.model),
-                downscale=experiment.upsampling.downscale,
-                metrics=self.config.for_unit(self.dp.unit),
-                aggregation=experiment.aggregation,
-                agreement=experiment.agreement,
-                holdout_fraction=self.holdout_fraction,
+            request=evaluation_request(
+                experiment, self.dp, self.config, self.model, holdout_fraction=self.holdout_fraction
             ),
             training_dp=self.releases.training,
             weights=flatten_parameters(*self.model.modules()),

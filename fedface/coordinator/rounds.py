@@ -14,13 +14,14 @@ from functools import partial
 from typing import Protocol
 
 from fedface.coordinator.aggregate import RoundSum, collect_and_sum, noised_sum
+from fedface.coordinator.requests import round_config
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.errors import WeightsError
 from fedface.experiment import Experiment
 from fedface.measurements import Epsilon, NotMeasured
 from fedface.messages.cohort import Cohort
-from fedface.messages.messages import RoundConfig, TrainTask
+from fedface.messages.messages import TrainTask
 from fedface.models.checkpoint import (
     flatten_buffers,
     flatten_parameters,
@@ -153,14 +154,7 @@ def _train_task(
         round=number,
         cohort=cohort,
         seed=Streams(experiment.seed).child("training").seed,
-        config=RoundConfig(
-            dp=plan.dp_parameters,
-            training=experiment.training,
-            architecture=model.architecture,
-            aggregation=experiment.aggregation,
-            agreement=experiment.agreement,
-            holdout_fraction=experiment.holdout_fraction,
-        ),
+        config=round_config(experiment, plan, model),
         evaluation_dp=plan.evaluation,
         weights=flatten_parameters(*model.modules()),
         buffers=flatten_buffers(*model.modules()),

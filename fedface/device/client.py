@@ -115,6 +115,8 @@ def _handle(task: Task, device: Device, ledger: Ledger, leaves: ReplyTime) -> Re
     reply: Reply
     entry: LedgerEntry | None = None
     try:
+        if device.plans is not None:
+            device.plans.check(task)
         match task:
             case TrainTask():
                 reply, entry = _train(task, device, ledger, leaves)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from fedface.validation import In, checked
 # In the state folder:
 LEDGER_FILE = "ledger.sqlite"  # the record of privacy losses, transmissions and withdrawals for all runs
 KEY_FILE = "sum.key"  # the key that the devices of a run share and the server does not have
+PLANS_FOLDER = "plans"  # the run plans that the owner has admitted
 INDEX_REGISTRY = "indexes.json"  # paths of the indexes of this device's photos
 
 
@@ -41,6 +43,9 @@ class DeviceConfig:
     server: str = "the coordinator"  # HOST:PORT of the server, or its name in the log of a simulated device
     certificate: Path = Path("ca.crt")  # of the authority that signed the server's certificate
     node_key: Path = Path("node")  # private key by which the server recognises this device
+    # The operator's public key, 64 hexadecimal digits: only requests of admitted run plans that it signed are answered.
+    # None: every request that the policy allows
+    operator: str | None = None
     # Folder on another disk with the head of the ledger, to detect a rolled-back copy
     witness: Path | None = None
 
@@ -52,6 +57,10 @@ class DeviceConfig:
     def __post_init__(self) -> None:
         if not (0 < len(self.name) <= 80 and self.name.isprintable()):
             raise ValueError(f"name must be a text of 1 to 80 printable characters, got {self.name!r:.90}")
+        if self.operator is not None and re.fullmatch(r"[0-9a-f]{64}", self.operator) is None:
+            raise ValueError(
+                f"operator must be a public key of 64 hexadecimal digits, got {self.operator!r:.70}"
+            )
 
 
 def read_device_file(path: Path) -> DeviceConfig:

@@ -13,6 +13,7 @@ import torch
 from fedface.device.config import (
     KEY_FILE,
     LEDGER_FILE,
+    PLANS_FOLDER,
     DeviceConfig,
     check_state_folder,
     missing_policy_folders,
@@ -20,6 +21,7 @@ from fedface.device.config import (
     register_index,
 )
 from fedface.errors import LibraryError
+from fedface.messages.run_plan import AdmittedPlans
 from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.photos.library import PhotoLibrary
@@ -47,6 +49,7 @@ class Device:
     witness: Path | None = None  # folder elsewhere that stores the head of the ledger
     answer_seconds: float = 0.0  # replies leave at multiples of this time; 0, for simulated devices: at once
     max_photos: int = 500  # replies take as long as those of a library of this size
+    plans: AdmittedPlans | None = None  # the run plans that it answers; None: all that the policy allows
 
     @property
     def ledger_path(self) -> Path:
@@ -101,7 +104,15 @@ def load_device(path: Path) -> Device:
         witness=config.witness,
         answer_seconds=config.answer_seconds,
         max_photos=config.max_photos,
+        plans=admitted_plans(config),
     )
+
+
+def admitted_plans(config: DeviceConfig) -> AdmittedPlans | None:
+    """The run plans that the owner has admitted; None: every plan."""
+    if config.operator is None:
+        return None
+    return AdmittedPlans(folder=config.state / PLANS_FOLDER, operator=bytes.fromhex(config.operator))
 
 
 def _faces(config: DeviceConfig, size: int) -> DeviceDataset:
