@@ -92,8 +92,6 @@ def started(
         end_with_parent()
         prepare()
 
-    beside = Path(sys.executable).with_name(command[0])
-    program = str(beside) if beside.exists() else command[0]
     try:
         with log.open("ab") as out:
             # The program inherits the lock with the file and holds it until it ends, even if this process is killed.
@@ -105,7 +103,7 @@ def started(
                 ) from error
             out.truncate(0)
             process = subprocess.Popen(
-                [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder,
+                [path_of(command[0]), *command[1:]], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder,
                 # Ctrl-C is for this process, which then stops the others in order.
                 start_new_session=True, preexec_fn=prepared if os.name == "posix" else None,
             )  # fmt: skip
@@ -116,6 +114,12 @@ def started(
         yield child
     finally:
         child.stop()
+
+
+def path_of(program: str) -> str:
+    """The program that is installed beside this Python, or its name, for the search path."""
+    beside = Path(sys.executable).with_name(program)
+    return str(beside) if beside.exists() else program
 
 
 def listens(port: int) -> bool:

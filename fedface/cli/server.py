@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.options import example
+from fedface.cli.options import JsonOption, example
 
 server = typer.Typer(help="For the operator of a server.", no_args_is_help=True, rich_markup_mode=None)
+
+FolderArgument = Annotated[Path, typer.Argument(help="The folder of `fedface server init`.")]
+DeviceArgument = Annotated[str, typer.Argument(help="The device's name.")]
 
 
 @server.command("init", epilog=example("fedface server init ~/fedface-server fedface.example.org"))
@@ -30,7 +33,7 @@ def init(
 
 
 @server.command("start", epilog=example("fedface server start ~/fedface-server"))
-def start(folder: Annotated[Path, typer.Argument(help="The folder of `fedface server init`.")]) -> None:
+def start(folder: FolderArgument) -> None:
     """Start SuperLink, its executor and nginx until Ctrl-C; devices can then connect."""
     from fedface.cli.server_start import server_start
 
@@ -41,7 +44,7 @@ def start(folder: Annotated[Path, typer.Argument(help="The folder of `fedface se
     "renew", epilog=example("fedface server renew ~/fedface-server --authority-key /media/stick/ca.key")
 )
 def renew(
-    folder: Annotated[Path, typer.Argument(help="The folder of `fedface server init`.")],
+    folder: FolderArgument,
     authority_key: Annotated[Path, typer.Option(help="The authority's private key, ca.key.")],
 ) -> None:
     """Replace the server's certificate before it expires; devices need nothing new."""
@@ -50,3 +53,31 @@ def renew(
 
     until = renew_certificate(folder.expanduser() / "certificates", authority_key)
     say(f"the server's certificate is valid until {until:%Y-%m-%d}; restart the server to use it")
+
+
+@server.command("register", epilog=example("fedface server register ~/fedface-server kitchen node.pub"))
+def register(
+    folder: FolderArgument,
+    device: DeviceArgument,
+    key: Annotated[Path, typer.Argument(help="The device's public key, such as node.pub.")],
+) -> None:
+    """Let a device connect whose public key its owner sent you."""
+    from fedface.cli.server_devices import server_register
+
+    server_register(folder.expanduser(), device, key.expanduser())
+
+
+@server.command("devices", epilog=example("fedface server devices ~/fedface-server"))
+def devices(folder: FolderArgument, json_out: JsonOption = False) -> None:
+    """List the devices of a running server: name, state, since when, and Flower's id."""
+    from fedface.cli.server_devices import server_devices
+
+    server_devices(folder.expanduser(), as_json=json_out)
+
+
+@server.command("revoke", epilog=example("fedface server revoke ~/fedface-server kitchen"))
+def revoke(folder: FolderArgument, device: DeviceArgument) -> None:
+    """Forbid a device to connect, for good; says what that cannot undo."""
+    from fedface.cli.server_devices import server_revoke
+
+    server_revoke(folder.expanduser(), device)

@@ -7,16 +7,14 @@ on this machine alone, and nginx passes the devices' paths from outside.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 
 from fedface.atomic_io import create_bytes
 from fedface.cli.console import say
 from fedface.cli.server_certificates import make_certificates
+from fedface.cli.server_flower import PORTS_FILE, Ports, write_config
 from fedface.config import dump
 from fedface.errors import ConfigError
-
-PORTS_FILE = "ports.yaml"
 
 PROXY = """\
 # Lets devices reach Flower's fleet API and nothing else; written by `fedface server init`.
@@ -55,14 +53,6 @@ http {
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ports:
-    """The TCP ports of a server."""
-
-    devices: int  # of nginx
-    superlink: int  # on this machine alone
-
-
 def server_init(folder: Path, hosts: list[str], port: int, superlink_port: int) -> None:
     """Write what a server needs into a new folder.
 
@@ -84,7 +74,8 @@ def server_init(folder: Path, hosts: list[str], port: int, superlink_port: int) 
     create_bytes(folder / PORTS_FILE, dump(ports).encode(), mode=0o644)
     proxy = PROXY.replace("PORT", str(port)).replace("SUPERLINK", str(superlink_port))
     create_bytes(folder / "nginx.conf", proxy.encode(), mode=0o644)
-    say(f"wrote certificates, {PORTS_FILE}, superexec.secret and nginx.conf to {folder}")
+    write_config(folder)
+    say(f"wrote certificates, {PORTS_FILE}, superexec.secret, nginx.conf and flwr/config.toml to {folder}")
     say(f"give each owner {folder / 'certificates' / 'ca.crt'} and the address {hosts[0]}:{port}")
     say(
         f"move {folder / 'certificates' / 'ca.key'} off this machine: whoever has it can impersonate the server"

@@ -10,9 +10,8 @@ from pathlib import Path
 from fedface.cli.child_processes import LOOPBACK, START_SECONDS, listens, started, stopped_by_sigterm
 from fedface.cli.console import say, warn
 from fedface.cli.server_certificates import read_certificate
-from fedface.cli.server_init import PORTS_FILE, Ports
-from fedface.config import read
-from fedface.errors import ConfigError, FederationError
+from fedface.cli.server_flower import read_ports
+from fedface.errors import FederationError
 
 CERTIFICATES = (
     "--ssl-ca-certfile", "certificates/ca.crt", "--ssl-certfile", "certificates/server.crt",
@@ -29,9 +28,7 @@ def server_start(folder: Path) -> None:
         ConfigError: The folder is not that of a server.
         FederationError: A port is taken, or one of the programs ended.
     """
-    if not (folder / PORTS_FILE).is_file():
-        raise ConfigError(f"{folder}: is not the folder of a server; `fedface server init` makes one")
-    ports = read(folder / PORTS_FILE, Ports)
+    ports = read_ports(folder)
     left = read_certificate(folder / "certificates/server.crt").not_valid_after_utc - datetime.now(UTC)
     if left < WARN_BEFORE:
         warn(f"the server's certificate expires in {left.days} days; replace it with `fedface server renew`")

@@ -1,0 +1,195 @@
+"""The commands `fedface server register`, `devices` and `revoke`: which devices may connect.
+
+A device is a file, devices/NAME.json, and a node in Flower, which accepts each public key once for ever. The file gives
+the node its name; whether it may connect and is connected, Flower knows.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedface.atomic_io import one_at_a_time, replace_text
+from fedface.cli.console import cell, print_json, say, table_of
+from fedface.cli.server_flower import flower, read_ports
+from fedface.codec import dumps, load
+from fedface.config import text_of
+from fedface.errors import ConfigError, FederationError
+
+FOLDER = "devices"  # in the server's folder
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
+CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)  # the curves that Flower accepts
+REVOKED = "unregistered"  # Flower's word
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredDevice:
+    """The file of a device."""
+
+    version: ClassVar[int] = 1
+
+    name: str
+    public_key: str  # in OpenSSH's format, without a comment
+    node: str  # Flower's id, a whole number below 2^64
+    registered: str  # ISO 8601, UTC
+
+
+def register_device(folder: Path, name: str, public_key: str) -> int:
+    """Let a device connect; the same name and key again change nothing.
+
+    Args:
+        folder: The server's.
+        name: By which the operator knows the device: letters, digits, "-", "_" and ".".
+        public_key: Of a NIST curve, in OpenSSH's format.
+
+    Returns:
+        Flower's id of the device's node.
+
+    Raises:
+        ConfigError: The name or the key is invalid, or the folder is not a server's.
+        FederationError: The name or the key is another device's, the key was revoked, or the server does not run.
+    """
+    key = _public_key(public_key)
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"name: expected letters, digits, '-', '_' and '.', 80 at most, got {name!r:.90}")
+    read_ports(folder)
+    (folder / FOLDER).mkdir(mode=0o700, exist_ok=True)
+    with one_at_a_time(folder / FOLDER):
+        for device in read_devices(folder):
+            same_name = device.name.casefold() == name.casefold()
+            if not same_name and device.public_key != key:
+                continue
+            state = _nodes(folder).get(device.node, {}).get("status")
+            if device.public_key != key:
+                if state not in (None, REVOKED):
+                    raise FederationError(
+                        f"the name {name} is that of another registered device; choose another"
+                    )
+            elif state == REVOKED:
+                raise FederationError(
+                    f"this key was revoked, as that of device {device.name}; it needs a new key"
+                )
+            elif not same_name:
+                raise FederationError(f"this key is that of device {device.name}")
+            elif state is not None:
+                return int(device.node)
+        node = _register(folder, key)
+        device = RegisteredDevice(
+            name=name, public_key=key, node=node, registered=datetime.now(UTC).isoformat(timespec="seconds")
+        )
+        replace_text(folder / FOLDER / f"{name}.json", dumps(device))
+    return int(node)
+
+
+def read_devices(folder: Path) -> list[RegisteredDevice]:
+    """The devices that were registered in a server's folder, by name, also those that were revoked since."""
+    return [load(RegisteredDevice, path) for path in sorted((folder / FOLDER).glob("*.json"))]
+
+
+def server_register(folder: Path, name: str, key: Path) -> None:
+    """Register a device whose public key came by hand."""
+    node = register_device(folder, name, text_of(key))
+    say(f"device {name} may connect; Flower's id of its node is {node}")
+
+
+def server_devices(folder: Path, *, as_json: bool) -> None:
+    """Print the devices of a running server, and nodes of Flower that have no device file."""
+    rows = device_rows(folder)
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        say("no device is registered")
+        return
+    table = table_of("device", "state", "since", "node")
+    for row in rows:
+        table.add_row(*(cell(row[key]) for key in ("name", "state", "since", "node")))
+    say(table)
+
+
+def device_rows(folder: Path) -> list[dict[str, str | None]]:
+    """The name, state, time of the last change and node of each device; a name is None if the folder has none."""
+    nodes = _nodes(folder)
+    rows: list[dict[str, str | None]] = []
+    for device in read_devices(folder):
+        node = nodes.pop(device.node, None)
+        state, since = ("unknown to the server", device.registered) if node is None else _state(node)
+        rows.append({"name": device.name, "state": state, "since": since, "node": device.node})
+    for number, node in nodes.items():
+        state, since = _state(node)
+        if state != "revoked":
+            rows.append({"name": None, "state": state, "since": since, "node": number})
+    return rows
+
+
+def server_revoke(folder: Path, name: str) -> None:
+    """Forbid a device to connect, for good.
+
+    Raises:
+        ConfigError: There is no such device.
+        FederationError: The server does not run.
+    """
+    read_ports(folder)
+    devices = {device.name: device for device in read_devices(folder)}
+    if name not in devices:
+        raise ConfigError(f"{name}: no such device; registered are {', '.join(devices) or 'none'}")
+    node = devices[name].node
+    state = _nodes(folder).get(node, {}).get("status")
+    if state not in (None, REVOKED):
+        flower(folder, "supernode", "unregister", node)
+    say(f"device {name} can no longer connect; its key is refused for good")
+    say(
+        "Not undone: what it sent stays in the sums and models of the runs that it took part in, and it may still have "
+        "the key for encrypted sums; let the others generate a new one before the next run"
+    )
+
+
+def _register(folder: Path, key: str) -> str:
+    with tempfile.NamedTemporaryFile("w", suffix=".pub") as file:
+        file.write(key)
+        file.flush()
+        try:
+            return str(flower(folder, "supernode", "register", file.name)["node-id"])
+        except FederationError as error:
+            if "already in use" not in str(error):
+                raise
+            raise FederationError(
+                "Flower knows this key already: it was revoked, or registered by hand; the device needs a new key"
+            ) from error
+
+
+def _nodes(folder: Path) -> dict[str, dict[str, Any]]:
+    """What Flower knows of each node, by id."""
+    return {node["node-id"]: node for node in flower(folder, "supernode", "list")["nodes"]}
+
+
+def _state(node: dict[str, Any]) -> tuple[str, str]:
+    """A node's state in words, and since when."""
+    words = {
+        "registered": ("never connected", "created-at"),
+        "online": ("online", "online-at"),
+        "offline": ("offline", "offline-at"),
+        REVOKED: ("revoked", "deleted-at"),
+    }
+    word, since = words.get(node["status"], (str(node["status"]), "created-at"))
+    return word, str(node[since])
+
+
+def _public_key(text: str) -> str:
+    """A public key in OpenSSH's format without its comment. Raises ConfigError if it is something else."""
+    try:
+        key = serialization.load_ssh_public_key(text.strip().encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError("public key: expected one in OpenSSH's format, such as node.pub") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, CURVES):
+        raise ConfigError("public key: expected one of the curves P-256, P-384 and P-521")
+    encoding, form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    return key.public_bytes(encoding, form).decode()

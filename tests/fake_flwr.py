@@ -1,0 +1,48 @@
+"""A `flwr` without a SuperLink, for the tests of `fedface server`: nodes and runs are in a file of FLWR_HOME.
+
+It takes the options that fedface uses and answers with Flower 1.42's JSON, errors included: these end with exit code 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+STATE = Path(os.environ["FLWR_HOME"]) / "fake.json"
+NOW = "2026-11-30 12:00:00Z"
+
+
+def main(words: list[str]) -> dict[str, object]:
+    """Answer one command, or raise ValueError with the reason."""
+    assert words[-3:] == ["fedface", "--format", "json"], words
+    assert (STATE.parent / "config.toml").exists() and os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
+    state = json.loads(STATE.read_text()) if STATE.exists() else {"nodes": [], "keys": []}
+    answer: dict[str, object] = {"success": True}
+    match words[:-3]:
+        case ["supernode", "list"]:
+            answer["nodes"] = state["nodes"]
+        case ["supernode", "register", file]:
+            if (key := Path(file).read_text()) in state["keys"]:
+                raise ValueError("[code: 23] Public key already in use.")
+            node = 2**63 + len(state["nodes"])
+            state["keys"].append(key)
+            times = {"created-at": NOW, "online-at": "N/A", "offline-at": "N/A", "deleted-at": "N/A"}
+            state["nodes"].append({"node-id": str(node), "status": "registered", **times})
+            answer["node-id"] = node
+        case ["supernode", "unregister", number]:
+            (node,) = (node for node in state["nodes"] if node["node-id"] == number)
+            node.update({"status": "unregistered", "deleted-at": NOW})
+        case other:
+            raise ValueError(f"no such command: {other}")
+    STATE.write_text(json.dumps(state))
+    return answer
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(main(sys.argv[1:])))
+    except ValueError as error:
+        log = "Using SuperLink: fedface (127.0.0.1:8000)\n"
+        print(json.dumps({"success": False, "error-message": f"{log}\n{error}"}))
