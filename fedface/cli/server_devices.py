@@ -7,7 +7,6 @@ the node its name; whether it may connect and is connected, Flower knows.
 from __future__ import annotations
 
 import re
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -153,17 +152,18 @@ def server_revoke(folder: Path, name: str) -> None:
 
 
 def _register(folder: Path, key: str) -> str:
-    with tempfile.NamedTemporaryFile("w", suffix=".pub") as file:
-        file.write(key)
-        file.flush()
-        try:
-            return str(flower(folder, "supernode", "register", file.name)["node-id"])
-        except FederationError as error:
-            if "already in use" not in str(error):
-                raise
-            raise FederationError(
-                "Flower knows this key already: it was revoked, or registered by hand; the device needs a new key"
-            ) from error
+    file = folder.resolve() / FOLDER / "new.pub"  # one at a time; Flower reads keys from files
+    replace_text(file, key)
+    try:
+        return str(flower(folder, "supernode", "register", str(file))["node-id"])
+    except FederationError as error:
+        if "already in use" not in str(error):
+            raise
+        raise FederationError(
+            "Flower knows this key already: it was revoked, or registered by hand; the device needs a new key"
+        ) from error
+    finally:
+        file.unlink()
 
 
 def _nodes(folder: Path) -> dict[str, dict[str, Any]]:
