@@ -9,7 +9,6 @@ text of its lock.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedface.errors import ConfigError, RunError
+from fedface.platforms import BINARY, lock, open_to_lock, sync_folder
 
 _DRAFT = re.compile(r"\.fedface-[0-9a-f]{16}\.draft")
 _MARK_WITHIN = 2000  # bytes from the beginning of a file
@@ -66,7 +66,9 @@ def create_bytes(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         OSError: It cannot be written; then there is none.
     """
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))  # the name is ours from here on
+        os.close(
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, mode)
+        )  # the name is ours from here on
     except FileExistsError as error:
         raise ConfigError(f"{path}: exists already and is never overwritten; name another") from error
     try:
@@ -94,7 +96,8 @@ def replace_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
+        handle = os.open(draft, flags, 0o666 if mode is None else mode)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -130,29 +133,30 @@ def locked_folder(folder: Path, kind: str) -> Iterator[None]:
     Raises:
         RunError: It contains other files, which stay as they are, or another process works in it.
     """
-    mark, lock = f"fedface {kind}\n".encode(), folder / "lock"
+    mark, place = f"fedface {kind}\n".encode(), folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = lock.read_bytes()[: len(mark) + 1] if lock.is_file() else b""
-        others = [entry for entry in folder.iterdir() if not _DRAFT.fullmatch(entry.name) and entry != lock]
+        found = place.read_bytes()[: len(mark) + 1] if place.is_file() else b""
+        others = [entry for entry in folder.iterdir() if not _DRAFT.fullmatch(entry.name) and entry != place]
         if found != mark and (found or others):
-            name = others[0].name if others else lock.name
+            name = others[0].name if others else place.name
             raise RunError(
                 f"{folder}: contains {name}, and is not the folder of a {kind}; nothing in it is replaced. Name a new "
                 "or an empty folder"
             )
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(place, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
     except OSError as error:
         raise RunError(f"{folder}: cannot be the folder of a {kind} ({error.strerror})") from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, wait=False)
         except OSError as error:
             raise RunError(f"{folder}: another process is working on this {kind}") from error
         if not found:
-            os.pwrite(handle, mark, 0)
-        for place in (folder, folder / "rounds"):
-            remove_drafts(place)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, mark)
+        for inside in (folder, folder / "rounds"):
+            remove_drafts(inside)
         yield
     finally:
         os.close(handle)
@@ -160,10 +164,10 @@ def locked_folder(folder: Path, kind: str) -> Iterator[None]:
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until no other thread or process is inside for the same folder; nothing is written."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    """Wait until no other thread or process is inside for the same folder."""
+    handle = open_to_lock(folder)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock(handle, wait=True)
         yield
     finally:
         os.close(handle)
@@ -174,12 +178,3 @@ def remove_drafts(folder: Path) -> None:
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
         if _DRAFT.fullmatch(entry.name):
             entry.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put a folder's list of names on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

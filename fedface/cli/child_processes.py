@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from types import FrameType
 
 from fedface.cli.console import one_line
 from fedface.errors import FederationError
+from fedface.platforms import lock
 from fedface.sandbox import end_with_parent
 
 LOOPBACK = "127.0.0.1"
@@ -96,7 +96,7 @@ def started(
         with log.open("ab") as out:
             # The program inherits the lock with the file and holds it until it ends, even if this process is killed.
             try:
-                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(out.fileno(), wait=False)
             except OSError as error:
                 raise FederationError(
                     f"{command[0]} is running already and writes {log}; stop it first"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from fedface.models.generator_protocol import sample
 from fedface.models.model import FlowArchitecture, Model, SuperResolutionArchitecture
 from fedface.photos.face_alignment import Detector
 from fedface.photos.photo_files import describe_skipped
+from fedface.platforms import usable_cores
 from fedface.text import sanitize_text
 from fedface.upsampling.degradation import Area, Bicubic, BicubicPulse, Degradation
 from fedface.upsampling.methods import METHODS, Method, default_method
@@ -52,7 +52,7 @@ def make_degradation(kind: Downscale, factor: int, size: int) -> Degradation:
 
 def available_cores() -> int:
     """How many processors this process may use, 8 at most."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, usable_cores())
 
 
 def choose_methods(names: list[str] | None, given: Model | None) -> list[Method]:

@@ -117,6 +117,7 @@ def _handle(task: Task, device: Device, ledger: Ledger, leaves: ReplyTime) -> Re
     try:
         if device.plans is not None:
             device.plans.check(task)
+        device.check_not_paused()
         match task:
             case TrainTask():
                 reply, entry = _train(task, device, ledger, leaves)

@@ -27,6 +27,7 @@ LEDGER_FILE = "ledger.sqlite"  # the record of privacy losses, transmissions and
 KEY_FILE = "sum.key"  # the key that the devices of a run share and the server does not have
 PLANS_FOLDER = "plans"  # the run plans that the owner has admitted
 INDEX_REGISTRY = "indexes.json"  # paths of the indexes of this device's photos
+PAUSED_FILE = "paused"  # while it exists, every task is refused
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import torch
 from fedface.device.config import (
     KEY_FILE,
     LEDGER_FILE,
+    PAUSED_FILE,
     PLANS_FOLDER,
     DeviceConfig,
     check_state_folder,
@@ -60,6 +61,11 @@ class Device:
     def key_path(self) -> Path:
         """The key that the devices of a run share and the server does not have."""
         return self.state / KEY_FILE
+
+    def check_not_paused(self) -> None:
+        """Raise ConditionsNotMet while the owner has paused this device."""
+        if (self.state / PAUSED_FILE).exists():
+            raise ConditionsNotMet("this device is paused by its owner")
 
     def ledger(self) -> Ledger:
         """A verified session on the ledger. Raises LedgerError."""

@@ -37,6 +37,7 @@ from PIL import (
 from fedface.errors import PhotoError
 from fedface.photos.capture_date import Precision
 from fedface.photos.exif import ExifMetadata, read_exif
+from fedface.platforms import BINARY, NO_WAITING
 
 MAX_BYTES = 200_000_000
 MAX_PIXELS = 100_000_000  # of a picture that is decoded at full size
@@ -178,7 +179,7 @@ def content_hash(path: Path) -> bytes:
 def _open_regular(path: Path) -> BinaryIO:
     """Open a file without ever waiting on a pipe, and refuse anything but a regular file of at most MAX_BYTES."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | BINARY | NO_WAITING)
     except OSError as cause:
         raise PhotoUnreadable(f"cannot be opened: {cause.strerror or cause}") from cause
     status = os.fstat(descriptor)

@@ -142,8 +142,8 @@ class PhotoIndex:
                 raise LibraryError(f"{self.path}: {self._foreign()}")
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            os.fchmod(descriptor, 0o600)
             os.close(descriptor)
+            os.chmod(self.path, 0o600)
         except OSError as cause:
             raise LibraryError(
                 f"the index {self.path} cannot be written: {cause.strerror or cause}"

@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
-import select
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from fedface.photos.image_io import (
     read_photo,
     read_photo_bytes,
 )
+from fedface.platforms import limit
 from fedface.sandbox import restrict
 from fedface.validation import Above, AtLeast, checked
 
@@ -64,6 +64,37 @@ class _DecoderFailed(Exception):
 
 class _DecoderTimeout(Exception):
     """The child did not reply in time."""
+
+
+class _TimeLimit:
+    """Ends a child that does not reply in time, and with it the wait for its reply; Windows has no other way.
+
+    While this process is stopped (`fedface device pause`), no time passes.
+    """
+
+    STEP_SECONDS = 1.0
+
+    def __init__(self, child: subprocess.Popen[bytes], seconds: float) -> None:
+        self.has_passed = False
+        self._child, self._seconds = child, seconds
+        self._replied = threading.Event()
+
+    def __enter__(self) -> _TimeLimit:
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._replied.set()
+
+    def _watch(self) -> None:
+        left = self._seconds
+        while left > 0:
+            step = min(left, self.STEP_SECONDS)
+            if self._replied.wait(step):
+                return
+            left -= step
+        self.has_passed = True
+        self._child.kill()
 
 
 class SandboxedDecoder:
@@ -129,12 +160,14 @@ class SandboxedDecoder:
             pass  # the child is gone, which reading its reply reports
 
     def _reply(self) -> Photo | PhotoError:
-        deadline = time.monotonic() + self._limits.seconds
+        assert self._child is not None
         try:
-            text_length, pixel_length = HEADER.unpack(self._receive(HEADER.size, deadline))
-            if text_length > MAX_JSON or pixel_length > 3 * MAX_PIXELS:
-                raise _DecoderFailed("made the decoder send a reply that is too long")
-            text, pixels = self._receive(text_length, deadline), self._receive(pixel_length, deadline)
+            with _TimeLimit(self._child, self._limits.seconds) as time_limit:
+                text_length, pixel_length = HEADER.unpack(self._receive(HEADER.size, time_limit))
+                if text_length > MAX_JSON or pixel_length > 3 * MAX_PIXELS:
+                    raise _DecoderFailed("made the decoder send a reply that is too long")
+                text = self._receive(text_length, time_limit)
+                pixels = self._receive(pixel_length, time_limit)
             try:
                 return parse_reply(json.loads(text), pixels)
             except (ValueError, TypeError, LookupError, RecursionError) as cause:
@@ -148,16 +181,15 @@ class SandboxedDecoder:
             self.restarts += 1
             return PhotoError(str(delay))  # not tried again: it would delay every round
 
-    def _receive(self, count: int, deadline: float) -> bytearray:
+    def _receive(self, count: int, time_limit: _TimeLimit) -> bytearray:
         """Exactly `count` bytes from the child, or the reason why they did not come."""
         assert self._child is not None and self._child.stdout is not None
         descriptor = self._child.stdout.fileno()
         received = bytearray()
         while len(received) < count:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([descriptor], [], [], remaining)[0]:
-                raise _DecoderTimeout(f"took longer than {self._limits.seconds:g} s to decode")
             chunk = os.read(descriptor, min(count - len(received), 1 << 20))
+            if time_limit.has_passed:
+                raise _DecoderTimeout(f"took longer than {self._limits.seconds:g} s to decode")
             if not chunk:
                 raise _DecoderFailed(f"stopped the decoder ({_ending(self._child)})")
             received += chunk
@@ -178,7 +210,8 @@ class SandboxedDecoder:
             start_new_session=True,  # an interrupt at the keyboard is for the parent, which ends the child
         )
         try:
-            self._receive(HEADER.size, time.monotonic() + START_SECONDS)
+            with _TimeLimit(self._child, START_SECONDS) as time_limit:
+                self._receive(HEADER.size, time_limit)
         except (_DecoderFailed, _DecoderTimeout) as cause:
             self._end()
             raise LibraryError(f"the process that decodes photos does not start: it {cause}") from cause
@@ -261,7 +294,7 @@ def decode_requests(requests: BinaryIO, replies: BinaryIO, *, limits: Limits) ->
     for line in requests:
         request = json.loads(line)
         content = requests.read(request["bytes"]) if "bytes" in request else None
-        _allow_processor_time(limits.seconds)
+        limit("CPU", int(time.process_time() + limits.seconds) + 1)  # more, and the kernel ends this process
         pixels = b""
         try:
             if content is None:
@@ -296,26 +329,13 @@ def _one_line(refusal: PhotoError) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in str(refusal))[:MAX_REASON]
 
 
-def _allow_processor_time(seconds: float) -> None:
-    """Let this process run for `seconds` more on the processor; after that the kernel ends it."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    _limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + seconds) + 1)
-
-
-def _limit(resource_kind: int, amount: int) -> None:
-    """Set a soft limit, as far as the hard limit that this process was given allows."""
-    hard = resource.getrlimit(resource_kind)[1]
-    soft = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-    resource.setrlimit(resource_kind, (soft, hard))
-
-
 def main(arguments: list[str]) -> None:
     """Run the child: tighten the limits, reserve the output for replies, and decode until the requests end."""
     limits = Limits(seconds=float(arguments[0]), memory=int(arguments[1]))
     if sys.platform == "linux":  # macOS refuses to lower the address space
-        _limit(resource.RLIMIT_AS, limits.memory)
-    _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_CORE, 0)
+        limit("AS", limits.memory)
+    limit("FSIZE", 0)
+    limit("CORE", 0)
     restrict(read=[Path("/")], write=[], connect=[])
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of a decoder must not be mixed with the pixels

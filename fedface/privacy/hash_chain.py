@@ -33,8 +33,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from fedface.atomic_io import sync_folder
 from fedface.errors import LedgerError
+from fedface.platforms import sync_folder
 
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
 APPLICATION_ID = 0x46466C67  # "FFlg", in the header of the SQLite file

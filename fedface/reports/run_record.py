@@ -7,7 +7,6 @@ delta, unit and bounds, every measurement the hash of the weights it measured. W
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from dataclasses import dataclass, replace
@@ -16,12 +15,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import psutil
+
 from fedface.atomic_io import replace_text
 from fedface.audits.bias import BiasReport, ToneHistogram
 from fedface.audits.gradient_inversion import AttackScores, CandidateIdentification
 from fedface.codec import dumps, load
 from fedface.errors import RunError
 from fedface.measurements import Epsilon, Measurement, NotMeasured
+from fedface.platforms import usable_cores
 from fedface.privacy.plan import Plan
 from fedface.reports.device_metrics_record import WITHDRAWN, DeviceMetricsRecord, WithdrawalRecord
 
@@ -45,8 +47,8 @@ class MachineRecord:
 
     @staticmethod
     def here() -> MachineRecord:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return MachineRecord(cores=len(os.sched_getaffinity(0)), memory_gib=round(memory / 2**30, 1))
+        memory = psutil.virtual_memory().total
+        return MachineRecord(cores=usable_cores(), memory_gib=round(memory / 2**30, 1))
 
 
 def installed_versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedface.device.device import Device
 from fedface.errors import FederationError
 from fedface.experiment import Experiment, RemoteDevices
+from fedface.platforms import usable_cores
 from fedface.simulation.devices import prepare, simulated_device
 from fedface.transport.client import client_app
 from fedface.transport.server import GridCohort
@@ -42,9 +42,7 @@ class InProcessGrid(Grid):
         self._app = app
         self._run = Run.create_empty(RUN)
         self._waiting: dict[str, FlowerMessage] = {}
-        self._cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        self._cores = usable_cores()
         self._contexts = {
             node: Context(
                 RUN, node, {"partition-id": node - 1, "num-partitions": count}, RecordDict(), config

@@ -17,6 +17,7 @@ from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, tiny_way, 
 from fedface.aggregation.homomorphic import make_device, make_server
 from fedface.aggregation.payload import HomomorphicConfig, Payload
 from fedface.device.client import handle_task
+from fedface.device.config import PAUSED_FILE
 from fedface.device.device import Device
 from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
 from fedface.experiment import Experiment
@@ -31,7 +32,7 @@ from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.participation_conditions import ConditionsNotMet
+from fedface.privacy.participation_conditions import NOT_NOW_MESSAGE, ConditionsNotMet
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import GanRound
 
@@ -108,6 +109,23 @@ def test_a_stored_reply_is_not_sent_for_other_weights(device: Device, task: Trai
     with pytest.raises(LedgerError, match="has a reply already, for a different release"):
         handle_task(again, device)
     assert recorded(device) == [("tiny", 1, 1)]
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "computed already"])
+def test_a_paused_device_refuses_every_task(
+    device: Device, task: TrainTask, caplog: pytest.LogCaptureFixture, before: bool
+) -> None:
+    """The server sees what it sees of any other condition; nothing is recorded as spent, and no reply is sent again."""
+    if before:
+        handle_task(task, device)
+    entries = recorded(device)
+    (device.state / PAUSED_FILE).touch()
+    reply = handle_task(task, replace(device, photos=unreadable))
+    assert isinstance(reply, Refusal) and reply.reason == NOT_NOW_MESSAGE and not reply.withdrawn
+    assert "paused by its owner" in caplog.text
+    assert recorded(device) == entries
+    (device.state / PAUSED_FILE).unlink()
+    assert isinstance(handle_task(task, device), TrainResult)
 
 
 def test_the_release_is_recorded_before_a_photo_is_read(device: Device, task: TrainTask) -> None:

@@ -15,7 +15,7 @@ LAYERS = {
     "fedface": 0,
     "errors": 1, "tensor_types": 1, "randomness": 1, "config": 1, "codec": 1, "validation": 1, "privacy_units": 1,
     "measurements": 1, "number_format": 1,
-    "atomic_io": 1, "text": 1, "sandbox": 1,
+    "atomic_io": 1, "platforms": 1, "text": 1, "sandbox": 1,
     "models": 2, "upsampling": 2, "importing": 2,
     "privacy": 3, "photos": 3, "synthetic": 3,
     "aggregation": 4, "training": 4,

@@ -7,7 +7,10 @@ import io
 import os
 import signal
 import struct
+import subprocess
+import sys
 import threading
+import time
 import zlib
 from datetime import datetime
 from pathlib import Path
@@ -385,6 +388,26 @@ def test_a_file_that_takes_too_long_is_refused_and_the_next_one_is_read(tmp_path
     with SandboxedDecoder(longest_side=100) as reader:
         read = [photo for _, photo in reader.read_all([light, heavy, light])]
         assert [getattr(photo, "width", None) for photo in read] == [40, 11000, 40]
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from fedface.photos.sandboxed_decoder import Limits, SandboxedDecoder
+with SandboxedDecoder(longest_side=100, limits=Limits(seconds=2)) as reader:
+    print("reading", flush=True)
+    print(getattr(reader.read(Path(sys.argv[1])), "width", "refused"))
+"""
+
+
+def test_no_time_of_a_photo_passes_while_its_reader_is_stopped(heavy: Path) -> None:
+    """An owner who pauses a device for hours loses no photo by it."""
+    reader = subprocess.Popen([sys.executable, "-c", STOPPED, heavy], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None and reader.stdout.readline() == "reading\n"
+    os.kill(reader.pid, signal.SIGSTOP)
+    time.sleep(2.5)
+    os.kill(reader.pid, signal.SIGCONT)
+    assert reader.communicate(timeout=60)[0] == "11000\n"
 
 
 def test_a_file_that_needs_too_much_memory_is_refused(heavy: Path) -> None:

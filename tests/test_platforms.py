@@ -1,0 +1,98 @@
+"""What Windows and macOS do not have is taken away on Linux: every module still imports, and locks still lock."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedface import platforms
+from fedface.atomic_io import locked_folder, one_at_a_time
+from fedface.errors import RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+ABSENT = (
+    "sched_getaffinity",
+    "fork",
+    "killpg",
+    "O_NONBLOCK",
+    "O_CLOEXEC",
+    "pwrite",
+    "fchmod",
+    "getloadavg",
+    "sysconf",
+)
+IMPORT_ALL = f"""
+import importlib, os, pkgutil, signal, sys
+import psutil, tenseal, torch, flwr.app  # their own editions for other systems need none of it
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None  # an import of it fails
+for name in {ABSENT!r}:
+    delattr(os, name)
+for name in ("SIGSTOP", "SIGCONT", "SIGKILL"):
+    delattr(signal, name)
+import fedface
+modules = [each.name for each in pkgutil.walk_packages(fedface.__path__, "fedface.")]
+for name in modules:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+from fedface import platforms
+assert platforms.usable_cores() == os.cpu_count()
+platforms.limit("CPU", 1)
+print(len(modules))
+"""
+
+
+def test_every_module_imports_without_what_other_systems_lack() -> None:
+    """Neither fcntl nor resource, processors of a process, stop signals, nor the calls of POSIX."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 150
+
+
+def windows_locks() -> SimpleNamespace:
+    """Windows's msvcrt for one process: a byte of a file is locked until the file is closed."""
+    held: dict[tuple[int, int, int], int] = {}
+
+    def locking(handle: int, mode: int, count: int) -> None:
+        status = os.fstat(handle)
+        byte = status.st_dev, status.st_ino, os.lseek(handle, 0, os.SEEK_CUR)
+        if held.get(byte, handle) != handle and is_open(held[byte], status):
+            raise PermissionError(13, "Permission denied")
+        held[byte] = handle
+
+    return SimpleNamespace(LK_NBLCK=2, locking=locking)
+
+
+def is_open(handle: int, status: os.stat_result) -> bool:
+    """Whether a handle is still that of the file."""
+    try:
+        return os.path.samestat(os.fstat(handle), status)
+    except OSError:
+        return False
+
+
+def test_windows_locks_a_byte_behind_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run at a time works in a folder, and the mark in its lock can be read."""
+    monkeypatch.setattr(platforms, "fcntl", None)
+    monkeypatch.setattr(platforms, "msvcrt", windows_locks())
+    with locked_folder(tmp_path, "run"):
+        assert (tmp_path / "lock").read_bytes() == b"fedface run\n"
+        with pytest.raises(RunError, match="another process is working"), locked_folder(tmp_path, "run"):
+            pass
+    with locked_folder(tmp_path, "run"), one_at_a_time(tmp_path):
+        assert (tmp_path / "folder.lock").exists()
+
+
+def test_a_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes at once could otherwise spend a budget twice."""
+    monkeypatch.setattr(platforms, "fcntl", None)
+    with pytest.raises(OSError, match="no locks"), one_at_a_time(tmp_path):
+        pass
