@@ -111,8 +111,8 @@ def _python_folders() -> list[Path]:
     """Where this Python imports from, without a folder that all of the user's files lie in."""
     home = Path(os.path.expanduser("~")).resolve()
     own = Path(__file__).parent  # on no search path if it is installed with `pip install --editable`
-    named = (sys.prefix, sys.base_prefix, sysconfig.get_path("purelib"), own, *filter(None, sys.path))
-    return [place for place in map(Path, named) if not home.is_relative_to(place.resolve())]
+    named = (sys.prefix, sys.base_prefix, sysconfig.get_path("purelib"), *filter(None, sys.path))
+    return [place for place in (own, *map(Path, named)) if not home.is_relative_to(place.resolve())]
 
 
 def _allow(libc: ctypes.CDLL, ruleset: int, places: Iterable[Path], rights: int) -> None:

@@ -29,9 +29,9 @@ def test_a_server_gets_certificates_a_secret_and_a_proxy(fedface: Callable, tmp_
     """Private files are readable by their owner alone; the certificate is for the hosts named."""
     folder = tmp_path / "server"
     printed = fedface(folder, "fedface.example.org", "192.0.2.7").out
-    assert "the address fedface.example.org:8443" in printed and "ca.key off this machine" in printed
+    assert "reach it at fedface.example.org:8443" in printed and "ca.key off this machine" in printed
     assert folder.stat().st_mode & 0o777 == 0o700
-    for name in ("certificates/ca.key", "certificates/server.key", "superexec.secret"):
+    for name in ("certificates/ca.key", "certificates/server.key", "superexec.secret", "operator.key"):
         assert (folder / name).stat().st_mode & 0o777 == 0o600
     authority, server = (
         x509.load_pem_x509_certificate((folder / f"certificates/{name}.crt").read_bytes())
@@ -71,13 +71,20 @@ def address(fedface: Callable, tmp_path: Path) -> Iterator[tuple[int, Path]]:
     folder = tmp_path / "server"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    superlink = HTTPServer(("127.0.0.1", 0), Echo)
-    assert fedface(folder, "localhost", "--port", port, "--superlink-port", superlink.server_port).code == 0
+    superlink, enrolment = (HTTPServer(("127.0.0.1", 0), Echo) for _ in range(2))
+    ports = {
+        "--port": port,
+        "--superlink-port": superlink.server_port,
+        "--enrolment-port": enrolment.server_port,
+        "--listen": "127.0.0.1",
+    }
+    assert fedface(folder, "localhost", *(word for pair in ports.items() for word in pair)).code == 0
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(folder / "certificates/server.crt", folder / "certificates/server.key")
     superlink.socket = tls.wrap_socket(superlink.socket, server_side=True)
-    thread = threading.Thread(target=superlink.serve_forever)
-    thread.start()
+    threads = [threading.Thread(target=server.serve_forever) for server in (superlink, enrolment)]
+    for thread in threads:
+        thread.start()
     proxy = subprocess.Popen([nginx, "-p", folder, "-c", "nginx.conf", "-g", "daemon off;"])
     try:
         while proxy.poll() is None:
@@ -90,9 +97,10 @@ def address(fedface: Callable, tmp_path: Path) -> Iterator[tuple[int, Path]]:
     finally:
         proxy.terminate()
         proxy.wait(20)
-        superlink.shutdown()
-        thread.join()
-        superlink.server_close()
+        for server, thread in zip((superlink, enrolment), threads, strict=True):
+            server.shutdown()
+            thread.join()
+            server.server_close()
 
 
 def ask(port: int, folder: Path, method: str, path: str, *, body: bytes = b"") -> tuple[int, bytes]:
@@ -124,6 +132,20 @@ def test_the_proxy_passes_the_fleet_api_and_nothing_else(address: tuple[int, Pat
     ):  # fmt: skip
         assert ask(*address, "POST", path)[0] == 403, path
     assert ask(*address, "GET", "/v1/fleet/pull-messages")[0] == 403
+
+
+def test_the_proxy_passes_what_a_device_needs_to_join(address: tuple[int, Path]) -> None:
+    """Three paths to the enrolment service, which here answers everything, and only small requests."""
+    plan = f"/join/plans/{'0a' * 32}.plan"
+    for method, path in (("GET", "/join/ca.crt"), ("GET", plan), ("POST", "/join/enrol")):
+        assert ask(*address, method, path, body=b"123") == (200, path.encode() + b"   ")
+    assert ask(*address, "POST", "/join/enrol", body=bytes(5000))[0] == 413
+    for method, path in (
+        ("PUT", plan), ("DELETE", "/join/ca.crt"), ("GET", "/join/plans/"), ("GET", "/join/plans/draft"),
+        ("GET", "/join/"), ("POST", "/join/enrol/x"), ("GET", "/join/plans/../../operator.key"), ("GET", "/a"),
+        ("GET", "/operator.key"), ("GET", "/join/plans/..%2f..%2foperator.key"), ("GET", "/invites/"),
+    ):  # fmt: skip
+        assert ask(*address, method, path)[0] == 403, (method, path)
 
 
 @pytest.fixture

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from command_line import caller
+from server_folder import server_folder
 
-from clients.node_key import make_node_key
 from fedface.cli import server_flower
-
-FAKE = Path(__file__).with_name("fake_flwr.py")
 
 
 @pytest.fixture
@@ -25,18 +21,9 @@ def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def server(fedface: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The folder of a server that seems to run; keys in files a.pub, b.pub and c.pub beside it."""
-    program = tmp_path / "flwr"
-    program.write_text(f"#!{sys.executable}\n{FAKE.read_text()}")
-    program.chmod(0o755)
-    monkeypatch.setattr(server_flower, "path_of", lambda name: str(tmp_path / name))
-    for name in "abc":
-        make_node_key(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as superlink:
-        port = superlink.getsockname()[1]
-        assert fedface("init", "server", "localhost", "--superlink-port", port).code == 0
-        yield tmp_path / "server"
+    """The folder of a server that seems to run."""
+    with server_folder(fedface, monkeypatch, tmp_path) as folder:
+        yield folder
 
 
 def states(fedface: Callable) -> dict[str | None, str]:

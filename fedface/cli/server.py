@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.options import JsonOption, example
+from fedface.cli.options import JsonOption, SetOption, example, parse_changes
 
 server = typer.Typer(help="For the operator of a server.", no_args_is_help=True, rich_markup_mode=None)
 
 FolderArgument = Annotated[Path, typer.Argument(help="The folder of `fedface server init`.")]
+ExperimentArgument = Annotated[Path, typer.Argument(help="An experiment with remote devices.")]
 DeviceArgument = Annotated[str, typer.Argument(help="The device's name.")]
 
 
@@ -25,11 +26,21 @@ def init(
     superlink_port: Annotated[
         int, typer.Option(min=1, max=65535, help="TCP port of SuperLink, on this machine alone.")
     ] = 8000,
+    enrolment_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="TCP port that enrols devices, on this machine alone.")
+    ] = 8001,
+    listen: Annotated[
+        str, typer.Option(help="Address on which devices are let in; *: all of this machine.")
+    ] = "*",
 ) -> None:
-    """Generate a server's certificates, its secret, and an nginx configuration that lets only devices in."""
+    """Generate a server's certificates and keys, and an nginx configuration that lets only devices in."""
+    from fedface.cli.server_flower import Ports
     from fedface.cli.server_init import server_init
 
-    server_init(folder.expanduser(), hosts, port, superlink_port)
+    ports = Ports(
+        host=hosts[0], listen=listen, devices=port, superlink=superlink_port, enrolment=enrolment_port
+    )
+    server_init(folder.expanduser(), ports, hosts)
 
 
 @server.command("start", epilog=example("fedface server start ~/fedface-server"))
@@ -53,6 +64,39 @@ def renew(
 
     until = renew_certificate(folder.expanduser() / "certificates", authority_key)
     say(f"the server's certificate is valid until {until:%Y-%m-%d}; restart the server to use it")
+
+
+@server.command(
+    "invite", epilog=example("fedface server invite ~/fedface-server kitchen experiments/own-photos.yaml")
+)
+def invite(
+    folder: FolderArgument,
+    device: DeviceArgument,
+    experiment: ExperimentArgument,
+    set: SetOption = None,
+    days: Annotated[int, typer.Option(min=1, max=365, help="How long it is valid.")] = 7,
+    qr: Annotated[bool, typer.Option(help="Also print it as a QR code.")] = True,
+) -> None:
+    """Print a code with which a device finds this server, trusts it, and enrols once."""
+    from fedface.cli.server_plans import server_invite
+
+    server_invite(folder.expanduser(), device, experiment, parse_changes(set), days=days, qr=qr)
+
+
+@server.command("publish", epilog=example("fedface server publish ~/fedface-server family.yaml"))
+def publish(folder: FolderArgument, experiment: ExperimentArgument, set: SetOption = None) -> None:
+    """Sign the run plan of another experiment, for the owners of enrolled devices to admit."""
+    from fedface.cli.server_plans import server_publish
+
+    server_publish(folder.expanduser(), experiment, parse_changes(set))
+
+
+@server.command("enrolment", hidden=True, epilog=example("fedface server enrolment ~/fedface-server"))
+def enrolment(folder: FolderArgument) -> None:
+    """Enrol invited devices; `fedface server start` runs this."""
+    from fedface.cli.server_enrolment import serve
+
+    serve(folder)
 
 
 @server.command("register", epilog=example("fedface server register ~/fedface-server kitchen node.pub"))

@@ -56,7 +56,7 @@ def register_device(folder: Path, name: str, public_key: str) -> int:
         ConfigError: The name or the key is invalid, or the folder is not a server's.
         FederationError: The name or the key is another device's, the key was revoked, or the server does not run.
     """
-    key = _public_key(public_key)
+    key = public_key_text(public_key)
     if not NAME.fullmatch(name):
         raise ConfigError(f"name: expected letters, digits, '-', '_' and '.', 80 at most, got {name!r:.90}")
     read_ports(folder)
@@ -183,7 +183,7 @@ def _state(node: dict[str, Any]) -> tuple[str, str]:
     return word, str(node[since])
 
 
-def _public_key(text: str) -> str:
+def public_key_text(text: str) -> str:
     """A public key in OpenSSH's format without its comment. Raises ConfigError if it is something else."""
     try:
         key = serialization.load_ssh_public_key(text.strip().encode())

@@ -40,8 +40,16 @@ root-certificates = CERTIFICATE
 class Ports:
     """The TCP ports of a server."""
 
+    host: str  # a name or address of this machine, for devices
+    listen: str = "*"  # the address of this machine on which nginx listens; "*": all
     devices: int  # of nginx
     superlink: int  # on this machine alone
+    enrolment: int  # on this machine alone
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT for devices."""
+        return f"[{self.host}]:{self.devices}" if ":" in self.host else f"{self.host}:{self.devices}"
 
 
 def read_ports(folder: Path) -> Ports:

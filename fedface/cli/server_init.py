@@ -13,6 +13,7 @@ from fedface.atomic_io import create_bytes
 from fedface.cli.console import say
 from fedface.cli.server_certificates import make_certificates
 from fedface.cli.server_flower import PORTS_FILE, Ports, write_config
+from fedface.cli.server_plans import init_plans
 from fedface.config import dump
 from fedface.errors import ConfigError
 
@@ -31,8 +32,9 @@ http {
   scgi_temp_path nginx-unused;
   server_tokens off;
   client_max_body_size 64m;  # messages travel in parts of 5 MB
+  limit_req_zone $binary_remote_addr zone=enrolment:1m rate=1r/s;
   server {
-    listen PORT ssl;
+    listen LISTEN:DEVICES ssl;
     ssl_certificate certificates/server.crt;
     ssl_certificate_key certificates/server.key;
     ssl_protocols TLSv1.2 TLSv1.3;
@@ -47,20 +49,25 @@ http {
       proxy_buffering off;
       proxy_read_timeout 300s;
     }
+    location ~ ^/join/(ca[.]crt|plans/[0-9a-f]+[.]plan|enrol)$ {
+      limit_except GET POST { deny all; }
+      client_max_body_size 4k;
+      limit_req zone=enrolment burst=20;
+      proxy_pass http://127.0.0.1:ENROLMENT$uri;
+    }
     location / { return 403; }
   }
 }
 """
 
 
-def server_init(folder: Path, hosts: list[str], port: int, superlink_port: int) -> None:
+def server_init(folder: Path, ports: Ports, hosts: list[str]) -> None:
     """Write what a server needs into a new folder.
 
     Args:
         folder: New or empty.
-        hosts: Names or addresses at which devices reach the server; the first is shown to them.
-        port: TCP port of the proxy, for devices.
-        superlink_port: TCP port of SuperLink, on this machine alone.
+        ports: With the first of the hosts.
+        hosts: Names or addresses at which devices reach the server.
 
     Raises:
         ConfigError: The folder contains something.
@@ -70,13 +77,15 @@ def server_init(folder: Path, hosts: list[str], port: int, superlink_port: int) 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     make_certificates(folder / "certificates", hosts)
     create_bytes(folder / "superexec.secret", secrets.token_hex(32).encode())
-    ports = Ports(devices=port, superlink=superlink_port)
+    init_plans(folder)
     create_bytes(folder / PORTS_FILE, dump(ports).encode(), mode=0o644)
-    proxy = PROXY.replace("PORT", str(port)).replace("SUPERLINK", str(superlink_port))
+    proxy = PROXY
+    for word in ("LISTEN", "DEVICES", "SUPERLINK", "ENROLMENT"):
+        proxy = proxy.replace(word, str(getattr(ports, word.lower())))
     create_bytes(folder / "nginx.conf", proxy.encode(), mode=0o644)
     write_config(folder)
-    say(f"wrote certificates, {PORTS_FILE}, superexec.secret, nginx.conf and flwr/config.toml to {folder}")
-    say(f"give each owner {folder / 'certificates' / 'ca.crt'} and the address {hosts[0]}:{port}")
+    say(f"wrote certificates, keys, {PORTS_FILE}, nginx.conf and flwr/config.toml to {folder}")
+    say(f"devices will reach it at {ports.address}; start it with: fedface server start {folder}")
     say(
         f"move {folder / 'certificates' / 'ca.key'} off this machine: whoever has it can impersonate the server"
     )

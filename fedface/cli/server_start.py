@@ -32,7 +32,7 @@ def server_start(folder: Path) -> None:
     left = read_certificate(folder / "certificates/server.crt").not_valid_after_utc - datetime.now(UTC)
     if left < WARN_BEFORE:
         warn(f"the server's certificate expires in {left.days} days; replace it with `fedface server renew`")
-    for port in (ports.superlink, ports.devices):
+    for port in (ports.superlink, ports.enrolment, ports.devices):
         if listens(port):
             raise FederationError(f"port {port} is taken by another program; is this server running already?")
     superlink = (
@@ -44,6 +44,7 @@ def server_start(folder: Path) -> None:
         "flower-superexec", "--runtime-api-address", f"localhost:{ports.superlink}",
         "--root-certificates", "certificates/ca.crt", *SECRET,
     )  # fmt: skip
+    enrolment = ("fedface", "server", "enrolment", str(folder.resolve()))
     nginx = ("nginx", "-p", str(folder.resolve()), "-c", "nginx.conf", "-g", "daemon off;")
     try:
         with stopped_by_sigterm(), ExitStack() as running:
@@ -53,13 +54,17 @@ def server_start(folder: Path) -> None:
             children.append(
                 running.enter_context(started(superexec, folder / "superexec.log", folder=folder))
             )
+            children.append(
+                running.enter_context(started(enrolment, folder / "enrolment.log", folder=folder))
+            )
+            children[2].wait_until(lambda: listens(ports.enrolment), seconds=START_SECONDS)
             try:
                 children.append(running.enter_context(started(nginx, folder / "nginx.log", folder=folder)))
-                children[2].wait_until(lambda: listens(ports.devices), seconds=START_SECONDS)
+                children[3].wait_until(lambda: listens(ports.devices), seconds=START_SECONDS)
                 say(f"devices can connect to port {ports.devices}; Ctrl-C stops the server")
             except FederationError as error:
                 warn(f"only devices of this machine can connect, to port {ports.superlink}: {error}")
-                del children[2:]
+                del children[3:]
             while all(child.running for child in children):
                 time.sleep(1)
             raise FederationError(next(child for child in children if not child.running).why_ended())

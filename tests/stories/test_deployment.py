@@ -83,7 +83,7 @@ class Home:
         for old, new in {
             "fedface.example.org:8443": f"localhost:{self.entry}",
             "127.0.0.1:8000": f"127.0.0.1:{self.port}",
-            "server init": f"server init --port {self.entry} --superlink-port {self.port}",
+            "server init": f"server init --listen 127.0.0.1 --port {self.entry} --superlink-port {self.port}",
             **SMALLER,
         }.items():
             commands = commands.replace(old, new)

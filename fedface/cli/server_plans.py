@@ -1,0 +1,157 @@
+"""The commands `fedface server publish` and `invite`: signed run plans, and invitations that enrol one device each."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedface.atomic_io import create_bytes, replace_bytes, replace_text
+from fedface.cli.console import say
+from fedface.cli.server_certificates import read_certificate
+from fedface.cli.server_devices import NAME, device_rows, read_devices
+from fedface.cli.server_flower import read_ports
+from fedface.codec import dumps, load
+from fedface.errors import ConfigError
+from fedface.messages.invite import Invite
+
+if TYPE_CHECKING:
+    from fedface.messages.run_plan import SignedPlan
+
+OPERATOR_KEY = "operator.key"  # private, signs run plans
+PUBLIC = "public"  # what everyone may fetch
+PLANS = f"{PUBLIC}/plans"
+INVITES = "invites"  # one file for each invitation, named after the hash of its token
+
+
+@dataclass(frozen=True, kw_only=True)
+class InviteRecord:
+    """What a server stores of an invitation; the token itself is in the owner's hands alone."""
+
+    version: ClassVar[int] = 1
+
+    device: str  # the operator's name for the device
+    expires: str  # ISO 8601, UTC
+    public_key: str | None = None  # of the device that used it
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether it can no longer be used."""
+        return datetime.now(UTC) > datetime.fromisoformat(self.expires)
+
+
+def init_plans(folder: Path) -> None:
+    """Write the operator's key and the public folder into a new server's folder."""
+    key = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    create_bytes(folder / OPERATOR_KEY, key)
+    for name in (PUBLIC, PLANS):
+        (folder / name).mkdir(mode=0o755)
+    (folder / INVITES).mkdir(mode=0o700)
+    create_bytes(folder / PUBLIC / "ca.crt", (folder / "certificates/ca.crt").read_bytes(), mode=0o644)
+
+
+def publish(folder: Path, experiment: Path, changes: dict[str, str]) -> SignedPlan:
+    """Sign the run plan of an experiment, and store it where devices can fetch it.
+
+    Raises:
+        ConfigError: The folder is not a server's, or the experiment cannot be read or is not for remote devices.
+        PrivacyError: No amount of noise meets its privacy target.
+    """
+    from fedface.coordinator.requests import run_plan
+    from fedface.experiment import RemoteDevices, read_experiment
+
+    read_ports(folder)
+    recipe = read_experiment(experiment, changes=changes)
+    if not isinstance(recipe.devices, RemoteDevices):
+        raise ConfigError(f"{experiment}: devices: expected remote-devices, got {recipe.devices.kind}")
+    signed = run_plan(recipe).signed(_operator(folder))
+    replace_bytes(folder / PLANS / f"{signed.hash}.plan", signed.to_bytes(), mode=0o644)
+    return signed
+
+
+def server_publish(folder: Path, experiment: Path, changes: dict[str, str]) -> None:
+    """Publish a plan, and say what owners do with its hash."""
+    signed = publish(folder, experiment, changes)
+    say(f"published the run plan of {signed.plan.name}: {signed.hash}")
+    say(f"give owners this hash; they admit it with: fedface device admit device.yaml {signed.hash}")
+
+
+def server_invite(
+    folder: Path, device: str, experiment: Path, changes: dict[str, str], *, days: int, qr: bool
+) -> None:
+    """Invite one device: print a code that enrols it once.
+
+    Raises:
+        ConfigError: The name is invalid or a registered device's, or as for `publish`.
+    """
+    if not NAME.fullmatch(device):
+        raise ConfigError(
+            f"device: expected a name of letters, digits, '-', '_' and '.', 80 at most, got {device!r:.90}"
+        )
+    _check_free(folder, device)
+    signed = publish(folder, experiment, changes)
+    certificate = read_certificate(folder / "certificates/ca.crt")
+    invite = Invite(
+        address=read_ports(folder).address,
+        authority=certificate.fingerprint(hashes.SHA256()),
+        operator=_operator(folder).public_key().public_bytes_raw(),
+        plan=bytes.fromhex(signed.hash),
+        token=secrets.token_bytes(16),
+    )
+    for path, known in open_invites(folder).items():
+        if known.device.casefold() == device.casefold():
+            path.unlink()
+            say(f"the earlier invitation of {device} is no longer valid")
+    expires = datetime.now(UTC) + timedelta(days=days)
+    record = InviteRecord(device=device, expires=expires.isoformat(timespec="seconds"))
+    replace_text(folder / INVITES / f"{invite.token_hash}.json", dumps(record))
+    say(f"Invitation of device {device} to {signed.plan.name}, valid once and until {expires:%Y-%m-%d}.")
+    say("Give it to the device's owner alone, who runs: fedface device join CODE")
+    print(f"\n{invite.code()}\n")
+    if qr:
+        _print_qr(invite.code())
+
+
+def open_invites(folder: Path) -> dict[Path, InviteRecord]:
+    """The invitations that can still be used, by file."""
+    records = {path: load(InviteRecord, path) for path in sorted((folder / INVITES).glob("*.json"))}
+    return {
+        path: known for path, known in records.items() if known.public_key is None and not known.is_expired
+    }
+
+
+def _check_free(folder: Path, device: str) -> None:
+    """Raise ConfigError if a device of this name is registered and was not revoked."""
+    if any(known.name.casefold() == device.casefold() for known in read_devices(folder)):
+        states = {str(row["name"]).casefold(): row["state"] for row in device_rows(folder)}
+        if states.get(device.casefold()) != "revoked":
+            raise ConfigError(f"a device {device} is registered already; choose another name, or revoke it")
+
+
+def _operator(folder: Path) -> Ed25519PrivateKey:
+    path = folder / OPERATOR_KEY
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path}: expected the operator's private key ({error})") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{path}: expected an Ed25519 key")
+    return key
+
+
+def _print_qr(code: str) -> None:
+    """As text of half blocks, where the package segno is installed."""
+    try:
+        import segno
+    except ImportError:
+        say("for a QR code: pip install segno")
+        return
+    segno.make(code, error="m", boost_error=False).terminal(compact=True)
