@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from command_line import caller
 
-from clients.node_key import make_node_key
 from fedface.cli import child_processes
 from fedface.cli.server_certificates import make_certificates
+from fedface.device.node_key import node_public_key
 
 FILE = "name: kitchen\nphotos: photos\nstate: state\nserver: SERVER\npolicy: {max_epsilon: 8, delta: 1e-6}\n"
 
@@ -36,7 +36,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "state").mkdir(mode=0o700)
     make_certificates(tmp_path / "certificates", ["fedface.example.org"])
     (tmp_path / "certificates" / "ca.crt").rename(tmp_path / "ca.crt")
-    make_node_key(tmp_path / "node")
+    node_public_key(tmp_path / "node")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     (tmp_path / "device.yaml").write_text(FILE.replace("SERVER", f"localhost:{port}"))
@@ -47,7 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("lost", "words"),
     [
         ("ca.crt", "certificate: there is no file {}; ask the server's operator"),
-        ("node", "node_key: there is no file {}; generate it with python clients/node_key.py {}"),
+        ("node", "node_key: there is no file {}; join the server again"),
     ],
 )
 def test_a_missing_file_is_named_with_its_remedy(fedface, home: Path, lost: str, words: str) -> None:  # type: ignore[no-untyped-def]

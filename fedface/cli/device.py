@@ -34,17 +34,48 @@ UnitOption = Annotated[
 ]
 
 
+@device.command("join", epilog=example("fedface device join FEDFACE1-... ~/fedface"))
+def join(
+    code: Annotated[str, typer.Argument(help="The invitation, from the operator of a server.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder for the device's files.")] = Path("~/fedface"),
+    photos: Annotated[
+        str | None, typer.Option(help="The folder of your photos; default: ~/Pictures, if it exists.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The name in reports; default: the one that the operator gave it.")
+    ] = None,
+    epsilon: Annotated[
+        str | None, typer.Option(help="The privacy budget for life; default: enough for the run.")
+    ] = None,
+    hours: Annotated[
+        str | None, typer.Option(help="When it may work, such as 22:00-07:00; default: any time.")
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Ask nothing: accept the run, and the default of what is not given.")
+    ] = False,
+) -> None:
+    """Join a server by its invitation: shows the run and its privacy cost, asks you, and registers this device."""
+    from fedface.cli.device_join import Answers, device_join
+
+    answers = Answers(photos=photos, name=name, epsilon=epsilon, hours=hours, ask=not yes)
+    device_join(code, folder.expanduser(), answers)
+
+
 @device.command(
-    "keygen", epilog=example("fedface device keygen ~/fedface/state/sum.key --experiment family.yaml")
+    "keygen",
+    epilog=example("fedface device keygen ~/fedface/state/sum.key --device ~/fedface/device.yaml"),
 )
 def keygen(
     out: Annotated[Path, typer.Argument(help="The key file to write, readable only by you.")],
-    experiment: Annotated[Path, typer.Option(help="The experiment whose encrypted sums it decrypts.")],
+    device: Annotated[
+        Path | None, typer.Option(help="A device file whose admitted run plan has encrypted sums.")
+    ] = None,
+    experiment: Annotated[Path | None, typer.Option(help="Or the experiment with encrypted sums.")] = None,
 ) -> None:
     """Generate the secret key that the devices of a run share. Never give it to the server."""
     from fedface.cli.ledger import device_keygen
 
-    device_keygen(out, experiment)
+    device_keygen(out, device, experiment)
 
 
 @device.command("start", epilog=example("fedface device start ~/fedface/device.yaml"))

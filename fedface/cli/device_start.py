@@ -79,8 +79,8 @@ def _check_files(path: Path, config: DeviceConfig) -> None:
         )
     if not key.is_file():
         raise ConfigError(
-            f"{path}: node_key: there is no file {key}; generate it with python clients/node_key.py {key} and send "
-            f"{key}.pub to the server's operator"
+            f"{path}: node_key: there is no file {key}; join the server again, with another "
+            "folder and a new invitation from its operator"
         )
     if is_accessible_to_others(key):
         raise ConfigError(f"{path}: node_key: other users can read {key}; run chmod 600 on it")

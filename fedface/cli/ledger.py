@@ -12,7 +12,7 @@ from fedface import number_format
 from fedface.atomic_io import create_bytes
 from fedface.cli.console import cell, print_json, progress_bars, say, table_of
 from fedface.cli.device_log import open_device, warn_if_accessible
-from fedface.device.config import is_accessible_to_others
+from fedface.device.config import is_accessible_to_others, read_device_file
 from fedface.device.state import LedgerFiles, export
 from fedface.errors import ConfigError
 from fedface.measurements import Epsilon
@@ -26,15 +26,24 @@ from fedface.privacy_units import UNITS, Unit
 DEFAULT_DELTA = 1e-5  # of a ledger without a policy: an entry records its unit, but no delta
 
 
-def device_keygen(out: Path, experiment: Path) -> None:
+def device_keygen(out: Path, device: Path | None, experiment: Path | None) -> None:
     """`fedface device keygen`."""
     from fedface.aggregation.homomorphic import make_keys
-    from fedface.experiment import read_experiment
+    from fedface.device.device import admitted_plans
+    from fedface.experiment import Experiment, read_experiment
+    from fedface.messages.messages import EvaluationRequest, RoundConfig
 
-    recipe = read_experiment(experiment)
-    keys = make_keys(recipe.aggregation, recipe.agreement)
+    asked: list[RoundConfig | EvaluationRequest | Experiment] = []
+    if device is not None:
+        plans = admitted_plans(read_device_file(device))
+        asked += [] if plans is None else [part for plan in plans.read().values() for part in plan.parts]
+    if experiment is not None:
+        asked.append(read_experiment(experiment))
+    if not asked:
+        raise ConfigError("name a device file with admitted run plans, with --device, or an --experiment")
+    keys = next(filter(None, (make_keys(each.aggregation, each.agreement) for each in asked)), None)
     if keys is None:
-        raise ConfigError(f"{experiment}: sums are not encrypted, so there is no key to share")
+        raise ConfigError(f"{experiment or device}: sums are not encrypted, so there is no key to share")
     out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     keys.save(out)
     say(f"wrote {out} (key {keys.name}); copy it to each device, not to the server")

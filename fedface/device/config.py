@@ -10,17 +10,19 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fedface.atomic_io import replace_text
 from fedface.config import keys_of, local_path, read
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, RangeError
 from fedface.photos.occasions import OccasionRule
 from fedface.privacy.policy import DevicePolicy
 from fedface.validation import In, checked
+
+EXAMPLE = Path(__file__).with_name("device.example.yaml")
 
 # In the state folder:
 LEDGER_FILE = "ledger.sqlite"  # the record of privacy losses, transmissions and withdrawals for all runs
@@ -33,7 +35,7 @@ PAUSED_FILE = "paused"  # while it exists, every task is refused
 @dataclass(frozen=True, kw_only=True)
 @checked
 class DeviceConfig:
-    """A device file, such as clients/device.example.yaml. Relative paths are relative to the file's folder."""
+    """A device file, such as device.example.yaml in this folder. Relative paths are relative to the file's folder."""
 
     name: str  # the name by which reports list this device; the server sees it
     photos: Path  # folder of the photos; read, never written
@@ -56,12 +58,28 @@ class DeviceConfig:
     max_photos: Annotated[int, In("[1, 1000000]")] = 500
 
     def __post_init__(self) -> None:
-        if not (0 < len(self.name) <= 80 and self.name.isprintable()):
-            raise ValueError(f"name must be a text of 1 to 80 printable characters, got {self.name!r:.90}")
+        check_name(self.name)
         if self.operator is not None and re.fullmatch(r"[0-9a-f]{64}", self.operator) is None:
             raise ValueError(
                 f"operator must be a public key of 64 hexadecimal digits, got {self.operator!r:.70}"
             )
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError unless a text can be the name of a device."""
+    if not (0 < len(name) <= 80 and name.isprintable()):
+        raise RangeError(f"name must be a text of 1 to 80 printable characters, got {name!r:.90}")
+
+
+def filled_device_file(values: Mapping[str, str | float | bool | list[str]]) -> str:
+    """The example of a device file, with its comments, with these values of its keys."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    for key, value in values.items():
+        found = re.search(rf"^( *)(?:# )?{key}:.*$", text, re.MULTILINE)
+        assert found is not None, key
+        line = f"{found[1]}{key}: {json.dumps(value, ensure_ascii=False)}"  # JSON is YAML
+        text = text[: found.start()] + line + text[found.end() :]
+    return text
 
 
 def read_device_file(path: Path) -> DeviceConfig:

@@ -45,6 +45,11 @@ class RunPlan:
         _ = self.releases
 
     @property
+    def parts(self) -> list[RoundConfig | EvaluationRequest]:
+        """What there is of training and evaluation."""
+        return [part for part in (self.training, self.evaluation) if part is not None]
+
+    @property
     def releases(self) -> RunReleases:
         """Everything that a run of this plan releases."""
         return RunReleases(

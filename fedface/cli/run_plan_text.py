@@ -1,0 +1,90 @@
+"""A run plan in the words of an owner: what it does with photos, what leaves the device, and what that costs."""
+
+from __future__ import annotations
+
+import math
+
+from rich.table import Table
+
+from fedface import number_format
+from fedface.aggregation.payload import AggregationConfig, HomomorphicConfig
+from fedface.cli.console import cell
+from fedface.measurements import Epsilon
+from fedface.messages.run_plan import RunPlan
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.adjacency import convert_unit
+from fedface.privacy.budget import Budget
+from fedface.privacy.mechanism import Event
+from fedface.privacy.plan import DPParameters
+from fedface.privacy_units import Unit, describe_unit
+
+
+def plan_table(plan: RunPlan, *, delta: float, unit: Unit) -> Table:
+    """A plan as rows of a heading and a sentence, its cost at a device's delta and unit."""
+    table = Table.grid("heading", "sentence", padding=(0, 2, 0, 0))
+    rows = [("Run", f"{plan.name}: {plan.question}")]
+    if plan.training is not None:
+        objective = {"generator": "generates faces", "upsampler": "makes low-resolution faces sharp"}
+        steps = plan.training.dp.schedule
+        rows.append(
+            (
+                "Training",
+                f"your photos help to train a model that {objective[plan.training.training.objective]}: "
+                f"{number_format.counted(steps.rounds, 'round')} of "
+                f"{number_format.counted(steps.steps_per_round, 'step')} on this device",
+            )
+        )
+    if plan.evaluation is None:
+        rows.append(("Evaluation", "none: no model is measured on your photos"))
+    else:
+        times = plan.evaluation.dp.schedule.rounds
+        rows.append(
+            ("Evaluation", f"{number_format.counted(times, 'set')} of metrics of models on your photos")
+        )
+    part = plan.parts[0]
+    rows.append(("What leaves", f"{_noise(part.dp)}; {_protection(part.aggregation)}; no photo"))
+    price = plan_price(plan, delta=delta, unit=unit)
+    rows.append(("Privacy cost", f"{price}, for the whole run"))
+    rows.append(("Privacy unit", describe_unit(unit)))
+    for heading, sentence in rows:
+        table.add_row(heading, cell(sentence))
+    return table
+
+
+def plan_event(plan: RunPlan, unit: Unit) -> Event:
+    """What a run of this plan releases about one `unit`."""
+    return convert_unit(plan.releases.event(), source=plan.releases.unit, target=unit)
+
+
+def plan_price(plan: RunPlan, *, delta: float, unit: Unit) -> Epsilon:
+    """What a run of this plan costs by itself, computed here from its noise, rates and steps."""
+    return epsilon_of(plan_event(plan, unit), delta, unit=unit)
+
+
+def describe_budget(budget: Budget) -> str:
+    """What a budget bounds, in one sentence: the posterior of even odds, e^epsilon / (1 + e^epsilon)."""
+    sure = number_format.at_most_percent(1 / (1 + math.exp(-budget.epsilon))).replace(
+        number_format.SPACE, " "
+    )
+    return (
+        f"Epsilon {budget.epsilon:g}: an observer of everything that leaves, who gives even odds that one "
+        f"{budget.unit} is among yours, can become at most {sure} sure (except with probability "
+        f"{number_format.format_delta(budget.delta)})."
+    )
+
+
+def _noise(dp: DPParameters) -> str:
+    if not dp.is_private:
+        return "numbers WITHOUT NOISE"
+    if dp.noise_at == "server":
+        return "numbers without noise, which the server adds to their sum"
+    return "numbers with noise that this device adds"
+
+
+def _protection(aggregation: AggregationConfig) -> str:
+    if isinstance(aggregation, HomomorphicConfig):
+        return (
+            f"encrypted, so that the server sees only sums of at least "
+            f"{number_format.counted(aggregation.min_devices, 'device')}"
+        )
+    return "not encrypted: the server sees those of each device"
