@@ -21,7 +21,7 @@ from fedface.cli.child_processes import LOOPBACK
 from fedface.cli.server_devices import FOLDER as DEVICES
 from fedface.cli.server_devices import public_key_text, register_device
 from fedface.cli.server_flower import FLWR_HOME, PORTS_FILE, read_ports
-from fedface.cli.server_plans import INVITES, PUBLIC, InviteRecord
+from fedface.cli.server_invites import INVITES, PUBLIC, InviteRecord
 from fedface.codec import dumps, load
 from fedface.errors import ConfigError, FederationError
 from fedface.sandbox import restrict

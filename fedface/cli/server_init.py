@@ -13,7 +13,7 @@ from fedface.atomic_io import create_bytes
 from fedface.cli.console import say
 from fedface.cli.server_certificates import make_certificates
 from fedface.cli.server_flower import PORTS_FILE, Ports, write_config
-from fedface.cli.server_plans import init_plans
+from fedface.cli.server_invites import init_plan_files
 from fedface.config import dump
 from fedface.errors import ConfigError
 
@@ -77,7 +77,7 @@ def server_init(folder: Path, ports: Ports, hosts: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     make_certificates(folder / "certificates", hosts)
     create_bytes(folder / "superexec.secret", secrets.token_hex(32).encode())
-    init_plans(folder)
+    init_plan_files(folder)
     create_bytes(folder / PORTS_FILE, dump(ports).encode(), mode=0o644)
     proxy = PROXY
     for word in ("LISTEN", "DEVICES", "SUPERLINK", "ENROLMENT"):

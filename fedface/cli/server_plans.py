@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives import hashes
 
-from fedface.atomic_io import create_bytes, replace_bytes, replace_text
+from fedface.atomic_io import replace_bytes, replace_text
 from fedface.cli.console import say
 from fedface.cli.server_certificates import read_certificate
 from fedface.cli.server_devices import NAME, device_rows, read_devices
 from fedface.cli.server_flower import read_ports
-from fedface.codec import dumps, load
+from fedface.cli.server_invites import INVITES, PLANS, InviteRecord, open_invites, operator_key
+from fedface.codec import dumps
+from fedface.coordinator.requests import run_plan
 from fedface.errors import ConfigError
+from fedface.experiment import RemoteDevices, read_experiment
 from fedface.messages.invite import Invite
-
-if TYPE_CHECKING:
-    from fedface.messages.run_plan import SignedPlan
-
-OPERATOR_KEY = "operator.key"  # private, signs run plans
-PUBLIC = "public"  # what everyone may fetch
-PLANS = f"{PUBLIC}/plans"
-INVITES = "invites"  # one file for each invitation, named after the hash of its token
-
-
-@dataclass(frozen=True, kw_only=True)
-class InviteRecord:
-    """What a server stores of an invitation; the token itself is in the owner's hands alone."""
-
-    version: ClassVar[int] = 1
-
-    device: str  # the operator's name for the device
-    expires: str  # ISO 8601, UTC
-    public_key: str | None = None  # of the device that used it
-
-    @property
-    def is_expired(self) -> bool:
-        """Whether it can no longer be used."""
-        return datetime.now(UTC) > datetime.fromisoformat(self.expires)
-
-
-def init_plans(folder: Path) -> None:
-    """Write the operator's key and the public folder into a new server's folder."""
-    key = Ed25519PrivateKey.generate().private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    create_bytes(folder / OPERATOR_KEY, key)
-    for name in (PUBLIC, PLANS):
-        (folder / name).mkdir(mode=0o755)
-    (folder / INVITES).mkdir(mode=0o700)
-    create_bytes(folder / PUBLIC / "ca.crt", (folder / "certificates/ca.crt").read_bytes(), mode=0o644)
+from fedface.messages.run_plan import SignedPlan
 
 
 def publish(folder: Path, experiment: Path, changes: dict[str, str]) -> SignedPlan:
@@ -65,14 +29,11 @@ def publish(folder: Path, experiment: Path, changes: dict[str, str]) -> SignedPl
         ConfigError: The folder is not a server's, or the experiment cannot be read or is not for remote devices.
         PrivacyError: No amount of noise meets its privacy target.
     """
-    from fedface.coordinator.requests import run_plan
-    from fedface.experiment import RemoteDevices, read_experiment
-
     read_ports(folder)
     recipe = read_experiment(experiment, changes=changes)
     if not isinstance(recipe.devices, RemoteDevices):
         raise ConfigError(f"{experiment}: devices: expected remote-devices, got {recipe.devices.kind}")
-    signed = run_plan(recipe).signed(_operator(folder))
+    signed = run_plan(recipe).signed(operator_key(folder))
     replace_bytes(folder / PLANS / f"{signed.hash}.plan", signed.to_bytes(), mode=0o644)
     return signed
 
@@ -102,7 +63,7 @@ def server_invite(
     invite = Invite(
         address=read_ports(folder).address,
         authority=certificate.fingerprint(hashes.SHA256()),
-        operator=_operator(folder).public_key().public_bytes_raw(),
+        operator=operator_key(folder).public_key().public_bytes_raw(),
         plan=bytes.fromhex(signed.hash),
         token=secrets.token_bytes(16),
     )
@@ -120,31 +81,12 @@ def server_invite(
         _print_qr(invite.code())
 
 
-def open_invites(folder: Path) -> dict[Path, InviteRecord]:
-    """The invitations that can still be used, by file."""
-    records = {path: load(InviteRecord, path) for path in sorted((folder / INVITES).glob("*.json"))}
-    return {
-        path: known for path, known in records.items() if known.public_key is None and not known.is_expired
-    }
-
-
 def _check_free(folder: Path, device: str) -> None:
     """Raise ConfigError if a device of this name is registered and was not revoked."""
     if any(known.name.casefold() == device.casefold() for known in read_devices(folder)):
         states = {str(row["name"]).casefold(): row["state"] for row in device_rows(folder)}
         if states.get(device.casefold()) != "revoked":
             raise ConfigError(f"a device {device} is registered already; choose another name, or revoke it")
-
-
-def _operator(folder: Path) -> Ed25519PrivateKey:
-    path = folder / OPERATOR_KEY
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path}: expected the operator's private key ({error})") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"{path}: expected an Ed25519 key")
-    return key
 
 
 def _print_qr(code: str) -> None:
