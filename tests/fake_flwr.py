@@ -8,17 +8,34 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 STATE = Path(os.environ["FLWR_HOME"]) / "fake.json"
 NOW = "2026-11-30 12:00:00Z"
 
 
+def ending() -> dict[str, str]:
+    """How a run ends, when its log is read: as FLWR_HOME/ending.json says, or completed."""
+    file = STATE.with_name("ending.json")
+    done = {"status": "finished:completed", "status-details": "N/A"}
+    return json.loads(file.read_text()) if file.exists() else done
+
+
 def main(words: list[str]) -> dict[str, object]:
     """Answer one command, or raise ValueError with the reason."""
+    state = json.loads(STATE.read_text()) if STATE.exists() else {"nodes": [], "keys": [], "runs": []}
+    if words[0] == "log":
+        assert words[2:] == ["fedface", "--stream"], words
+        print(
+            "INFO : Start `flwr-serverapp` process\nfedface: round 1 of 2\nfedface: round 2 of 2\nTraceback"
+        )
+        (run,) = (run for run in state["runs"] if run["run-id"] == words[1])
+        run.update(ending())
+        STATE.write_text(json.dumps(state))
+        sys.exit()
     assert words[-3:] == ["fedface", "--format", "json"], words
     assert (STATE.parent / "config.toml").exists() and os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
-    state = json.loads(STATE.read_text()) if STATE.exists() else {"nodes": [], "keys": []}
     answer: dict[str, object] = {"success": True}
     match words[:-3]:
         case ["supernode", "list"]:
@@ -34,6 +51,16 @@ def main(words: list[str]) -> dict[str, object]:
         case ["supernode", "unregister", number]:
             (node,) = (node for node in state["nodes"] if node["node-id"] == number)
             node.update({"status": "unregistered", "deleted-at": NOW})
+        case ["run", app]:
+            project = tomllib.loads((Path(app) / "pyproject.toml").read_text())
+            answer["run-id"] = str(2**63 + 100 + len(state["runs"]))
+            row = {"run-id": answer["run-id"], "status": "running", "app": project["tool"]["flwr"]["app"]}
+            state["runs"].insert(0, row)
+        case ["ls"]:
+            answer["runs"] = state["runs"]
+        case ["stop", number]:
+            (run,) = (run for run in state["runs"] if run["run-id"] == number)
+            run["status"] = "finished:stopped"
         case other:
             raise ValueError(f"no such command: {other}")
     STATE.write_text(json.dumps(state))

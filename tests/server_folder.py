@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from clients.node_key import make_node_key
 from fedface.cli import server_flower
+from fedface.device.node_key import node_public_key
 
 FAKE = Path(__file__).with_name("fake_flwr.py")
 
@@ -24,7 +24,7 @@ def server_folder(fedface: Callable, monkeypatch: pytest.MonkeyPatch, folder: Pa
     program.chmod(0o755)
     monkeypatch.setattr(server_flower, "path_of", lambda name: str(folder / name))
     for name in "abc":
-        make_node_key(folder / name)
+        (folder / f"{name}.pub").write_text(node_public_key(folder / name) + " kitchen\n")
     monkeypatch.chdir(folder)
     with socket.create_server(("127.0.0.1", 0)) as superlink, socket.create_server(("127.0.0.1", 0)) as free:
         ports = superlink.getsockname()[1], free.getsockname()[1]

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.options import JsonOption, SetOption, example, parse_changes
+from fedface.cli.options import JsonOption, PhotosOption, SetOption, example, parse_changes
 
 server = typer.Typer(help="For the operator of a server.", no_args_is_help=True, rich_markup_mode=None)
 
 FolderArgument = Annotated[Path, typer.Argument(help="The folder of `fedface server init`.")]
 ExperimentArgument = Annotated[Path, typer.Argument(help="An experiment with remote devices.")]
+RunArgument = Annotated[str | None, typer.Argument(help="The run's name; default: the latest.")]
 DeviceArgument = Annotated[str, typer.Argument(help="The device's name.")]
 
 
@@ -125,3 +126,42 @@ def revoke(folder: FolderArgument, device: DeviceArgument) -> None:
     from fedface.cli.server_devices import server_revoke
 
     server_revoke(folder.expanduser(), device)
+
+
+@server.command("run", epilog=example("fedface server run ~/fedface-server family.yaml"))
+def run(
+    folder: FolderArgument,
+    experiment: Annotated[Path, typer.Argument(help="The experiment's YAML file, with remote-devices.")],
+    photos: PhotosOption = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder of runs; default: runs in the server's.")] = None,
+    rank: Annotated[
+        list[str] | None,
+        typer.Option(help="Rank checkpoints, or `base`, instead of training; repeatable."),
+    ] = None,
+    set: SetOption = None,
+) -> None:
+    """Start or continue a run on the connected devices, and show it.
+
+    Exit code 0: finished; 1: stopped; 2: failed, or an error; 3: you left the display.
+    """
+    from fedface.cli.server_run import RunRequest, server_run
+
+    folder = folder.expanduser()
+    request = RunRequest(
+        experiment=experiment,
+        changes=parse_changes(set),
+        photos=None if photos is None else photos.expanduser().absolute(),
+        runs=(runs or folder / "runs").expanduser().resolve(),
+        candidates=tuple(
+            name if name == "base" else str(Path(name).expanduser().absolute()) for name in rank or ()
+        ),
+    )
+    raise typer.Exit(server_run(folder, request))
+
+
+@server.command("stop", epilog=example("fedface server stop ~/fedface-server family"))
+def stop(folder: FolderArgument, run: RunArgument = None) -> None:
+    """Stop a run; `fedface server run` continues it."""
+    from fedface.cli.server_run import server_stop
+
+    server_stop(folder.expanduser(), run)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,19 @@ def flower(folder: Path, *words: str) -> dict[str, Any]:
     reason = answer.get("error-message") if isinstance(answer, dict) else None
     lines = [line for line in str(reason or done.stderr or done.stdout).splitlines() if line.strip()]
     raise FederationError(f"flwr {' '.join(words[:2])}: {one_line(lines[-1] if lines else 'no answer')}")
+
+
+@contextmanager
+def log_lines(folder: Path, number: str) -> Iterator[Iterator[str]]:
+    """The lines that a run of Flower has printed and prints, until it ends."""
+    process = subprocess.Popen(
+        [path_of("flwr"), "log", number, CONNECTION, "--stream"], cwd=folder, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
+        env={**environment(folder), "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        yield iter(process.stdout)
+    finally:
+        process.kill()
+        process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -10,7 +11,7 @@ from pathlib import Path
 from fedface.cli.child_processes import LOOPBACK, START_SECONDS, listens, started, stopped_by_sigterm
 from fedface.cli.console import say, warn
 from fedface.cli.server_certificates import read_certificate
-from fedface.cli.server_flower import read_ports
+from fedface.cli.server_flower import environment, read_ports
 from fedface.errors import FederationError
 
 CERTIFICATES = (
@@ -35,6 +36,7 @@ def server_start(folder: Path) -> None:
     for port in (ports.superlink, ports.enrolment, ports.devices):
         if listens(port):
             raise FederationError(f"port {port} is taken by another program; is this server running already?")
+    os.environ.update(environment(folder))  # for the programs below: bundles are unpacked in this folder
     superlink = (
         "flower-superlink", "--host", LOOPBACK, "--port", str(ports.superlink), "--database", "superlink.db",
         "--enable-supernode-auth", "--isolation", "process", *SECRET, *CERTIFICATES,

@@ -25,34 +25,52 @@ class RunConfig:
     experiment: Experiment
     folder: Path  # of this run
     candidates: tuple[str, ...] = ()  # checkpoints to rank; empty: a run that trains
+    command: str  # that repeats the run
 
 
 def read_run_config(config: Mapping[str, object], home: Path) -> RunConfig:
     """Read a run config: `experiment` (within the app, or absolute), `folder`, `photos`, `changes`, `candidates`.
 
-    With `candidates`, checkpoints or the word "base" separated by semicolons, the run ranks models. The folder is the
-    first of NAME, NAME-2, ... in `folder` that holds no finished run, so that an interrupted run continues.
+    With `candidates`, checkpoints or the word "base" separated by semicolons, the run ranks models. `command` is
+    for the record.
 
     Raises:
         ConfigError: An entry is missing or wrong, or the experiment cannot be read.
     """
     texts = {}
-    for key in ("experiment", "folder", "photos", "changes", "candidates"):
+    for key in ("experiment", "folder", "photos", "changes", "candidates", "command"):
         if not isinstance(value := config.get(key, ""), str):
             raise ConfigError(f"--run-config {key}: expected a text, got {value!r}")
         texts[key] = value
+    entries = f"experiment='{texts['experiment']}'"
+    if texts["candidates"]:
+        entries += f" candidates='{texts['candidates']}'"
+    command = texts.pop("command") or f'flwr run . --run-config "{entries}"'
     candidates = tuple(name.strip() for name in texts.pop("candidates").split(";") if name.strip())
-    folder, experiment = texts["folder"], _experiment(home=home, **texts)
+    runs = local_path(Path(texts["folder"]) if texts["folder"] else DEFAULT_RUNS, Path())
+    return run_config(_experiment(home=home, **texts), runs, candidates, command)
+
+
+def run_config(
+    experiment: Experiment, runs: Path, candidates: tuple[str, ...], command: str = ""
+) -> RunConfig:
+    """A run of an experiment, in the first of NAME, NAME-2, ... in `runs` that holds no finished run.
+
+    So an interrupted run continues. With candidates it is a ranking, NAME-ranking.
+
+    Raises:
+        ConfigError: A ranking needs a privacy target.
+    """
     name, done = experiment.name, "run.json"
     if candidates:
         experiment = for_ranking(experiment)
         name, done = f"{name}-ranking", "ranking.json"
-    first = run = local_path(Path(folder) if folder else DEFAULT_RUNS, Path()) / name
+    first = run = runs / name
     number = 1
     while (run / done).exists():
         number += 1
         run = first.with_name(f"{first.name}-{number}")
-    return RunConfig(experiment=experiment, folder=run, candidates=candidates)
+    return RunConfig(experiment=experiment, folder=run, candidates=candidates, command=command)
 
 
 @cache

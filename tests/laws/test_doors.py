@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOWER = {
     "fedface/transport/wire.py", "fedface/transport/client.py", "fedface/transport/server.py",
-    "fedface/transport/executor.py", "fedface/simulation/in_process.py", "clients/app.py", "server/app.py",
+    "fedface/transport/executor.py", "fedface/simulation/in_process.py", "clients/app.py", "fedface/server_app.py",
 }  # fmt: skip
 DOORS = {
     "opacus": {"fedface/training/dp_sgd.py"},

@@ -23,7 +23,7 @@ LAYERS = {
     "messages": 6, "experiment": 6, "sweep": 6, "reports": 6,
     "device": 7, "inference": 7, "public_data": 7,
     "transport": 8, "coordinator": 8, "web": 8,
-    "simulation": 9,
+    "simulation": 9, "server_app": 9,
     "cli": 10,
 }  # fmt: skip
 WITHIN_A_LAYER = {
@@ -32,6 +32,7 @@ WITHIN_A_LAYER = {
     ("synthetic", "photos"),
     ("sweep", "experiment"),
     ("reports", "experiment"),
+    ("server_app", "simulation"),
 }  # the only imports between packages of one layer
 INDEPENDENT = [
     ("privacy", "photos"),
@@ -55,7 +56,7 @@ DEVICE_ROOTS = (
 )
 NOT_ON_A_DEVICE = {
     "experiment", "sweep", "reports", "inference", "web", "public_data", "coordinator", "simulation",
-    "cli", "importing",
+    "server_app", "cli", "importing",
 }  # fmt: skip
 # fastapi is missing here because Flower's client of the SuperNode loads it.
 FOREIGN_NOT_ON_A_DEVICE = {"ray", "matplotlib", "uvicorn", "jinja2"}

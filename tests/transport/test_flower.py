@@ -314,7 +314,7 @@ def test_an_interrupted_run_continues(recipe: Path, tmp_path: Path, monkeypatch:
     """A started folder without a report is continued."""
     monkeypatch.syspath_prepend(str(ROOT))
     from clients.app import app as clients_app
-    from server.app import main as serve_run
+    from server.app import app as server_app
 
     config: dict[str, str | int | float | bool] = {
         "experiment": str(recipe),
@@ -324,6 +324,6 @@ def test_an_interrupted_run_continues(recipe: Path, tmp_path: Path, monkeypatch:
     with locked_folder(order.folder, "run"):
         initialize_run(order.experiment, order.folder)
     started = json.loads((order.folder / "state.json").read_text())
-    serve_run(InProcessGrid(clients_app, 2, config), context({}, config))
+    server_app(InProcessGrid(clients_app, 2, config), context({}, config))
     after = json.loads((order.folder / "state.json").read_text())
     assert after["started"] == started["started"] and len(after["rounds"]) == 1
