@@ -86,6 +86,30 @@ def start(device: DeviceArgument) -> None:
     device_start(device)
 
 
+@device.command("status", epilog=example("fedface device status ~/fedface/device.yaml"))
+def status(device: DeviceArgument, json_out: JsonOption = False) -> None:
+    """Show whether a device runs and is connected, what is left of its budget, and what left last."""
+    from fedface.cli.device_status import device_status
+
+    device_status(device, json_out)
+
+
+@device.command("pause", epilog=example("fedface device pause ~/fedface/device.yaml"))
+def pause(device: DeviceArgument) -> None:
+    """Refuse every task from now on; a device that runs stays connected."""
+    from fedface.cli.device_status import device_pause
+
+    device_pause(device)
+
+
+@device.command("resume", epilog=example("fedface device resume ~/fedface/device.yaml"))
+def resume(device: DeviceArgument) -> None:
+    """End a pause."""
+    from fedface.cli.device_status import device_resume
+
+    device_resume(device)
+
+
 @device.command("log", epilog=example("fedface device log device.yaml --page log.html"))
 def log(
     device: DeviceArgument,

@@ -75,5 +75,6 @@ def test_an_owners_commands_load_nothing_that_trains(tmp_path: Path) -> None:
     device, _ = answered_device(tmp_path)
     words = [f"ledger {verb} {device.ledger_path}" for verb in ("show", "verify", "export")]
     words += ["policy check device.yaml", "device log device.yaml --page log.html"]
+    words += ["device pause device.yaml", "device status device.yaml", "device resume device.yaml"]
     words += ["device withdraw device.yaml --run tiny --yes", "device erase device.yaml --yes"]
     assert loaded(tmp_path, ";".join(words)) & (TRAINING | {"torch"}) == set()
