@@ -1,4 +1,4 @@
-"""What Linux, macOS and Windows do differently: locks, folders on the disk, processors, limits of a process.
+"""What Linux, macOS and Windows do differently: locks, folders on the disk, processors, new processes and their limits.
 
 Only Linux has been run. Tests take away what the others lack, and check what is left.
 """
@@ -6,7 +6,9 @@ Only Linux has been run. Tests take away what the others lack, and check what is
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -24,8 +26,12 @@ def _module(name: str) -> Any:
 fcntl, msvcrt, resource = map(_module, ("fcntl", "msvcrt", "resource"))
 BINARY: int = getattr(os, "O_BINARY", 0)  # for os.open: without it Windows translates the ends of lines
 NO_WAITING: int = getattr(os, "O_NONBLOCK", 0)  # for os.open: return at once for a pipe without a writer
+# How a function runs in a process of its own. Linux shares the memory of what is imported already; macOS ends processes
+# that are forked and then use its libraries, and Windows forks none.
+PROCESSES: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 LOCKED_BYTE = 1 << 30  # behind the end of any locked file: Windows refuses to read a byte that is locked
 LOCK_POLL_SECONDS = 0.1
+LOW_PRIORITY = 10  # added to the niceness, of 19 at most
 
 
 def lock(handle: int, *, wait: bool) -> None:
@@ -71,6 +77,12 @@ def sync_folder(folder: Path) -> None:
 def usable_cores() -> int:
     """How many processors this process may use, at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lower_priority() -> None:
+    """Let other programs of this machine go first; on Windows nothing."""
+    if hasattr(os, "nice"):
+        os.nice(LOW_PRIORITY)
 
 
 def limit(kind: Literal["AS", "CORE", "CPU", "FSIZE"], amount: int) -> None:

@@ -75,10 +75,10 @@ def restrict(*, read: Iterable[Path], write: Iterable[Path], connect: Iterable[i
     return Restrictions(enforced=tuple(done), missing=tuple(each for each in requested if each not in done))
 
 
-def end_with_parent() -> None:
-    """End this process when the process that started it ends; on Linux alone."""
+def end_with_parent(ending: signal.Signals = signal.SIGTERM) -> None:
+    """End this process, by a signal, when the process that started it ends; on Linux alone."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ending, 0, 0, 0)
 
 
 def _landlock(

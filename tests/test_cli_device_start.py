@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import ssl
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 from command_line import caller
 
-from fedface.cli import child_processes
+from fedface.cli import device_start
+from fedface.cli.child_processes import started_function
 from fedface.cli.server_certificates import make_certificates
 from fedface.device.node_key import node_public_key
 
@@ -24,7 +26,7 @@ FILE = "name: kitchen\nphotos: photos\nstate: state\nserver: SERVER\npolicy: {ma
 @pytest.fixture
 def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path):  # type: ignore[no-untyped-def]
     """Call the command line in this process; a SuperNode must not start."""
-    monkeypatch.setattr(child_processes.subprocess, "Popen", None)
+    monkeypatch.setattr(device_start, "started_function", None)
     return caller(monkeypatch, capsys, "device", "start")
 
 
@@ -120,14 +122,17 @@ def test_another_server_is_not_trusted(fedface, server: type[Clock], home: Path)
     assert "is not the server that" in fedface("device.yaml").sentence
 
 
-def test_a_missing_supernode_is_named(  # type: ignore[no-untyped-def]
+def test_a_supernode_that_ends_is_named_with_its_words(  # type: ignore[no-untyped-def]
     fedface, server: type[Clock], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last thing before a start; no secret stays behind."""
+    """No secret stays behind."""
 
-    def missing(*_: object, **__: object) -> None:
-        raise FileNotFoundError
+    def ending(arguments: list[str], needed: list[Path]) -> None:
+        os.write(1, b"Exit Code: 305\nthe key is unknown\n")
+        raise SystemExit(1)
 
-    monkeypatch.setattr(child_processes.subprocess, "Popen", missing)
-    assert "flower-supernode is not installed here" in fedface("device.yaml").sentence
+    monkeypatch.setattr(device_start, "started_function", started_function)
+    monkeypatch.setattr(device_start, "_run_supernode", ending)
+    words = "flower-supernode ended with exit code 1: Exit Code: 305 the key is unknown"
+    assert words in fedface("device.yaml").sentence
     assert not list((home / "state").glob("*.secret"))

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any, BinaryIO
 
 from fedface.cli.console import one_line
 from fedface.errors import FederationError
-from fedface.platforms import lock
+from fedface.platforms import PROCESSES, lock
 from fedface.sandbox import end_with_parent
 
 LOOPBACK = "127.0.0.1"
@@ -24,10 +25,35 @@ START_SECONDS = 60.0  # for a program to listen
 STOP_SECONDS = 10.0  # for a program to end by itself
 
 
+class FunctionProcess:
+    """A process that runs a function, with the methods of subprocess.Popen that `Child` uses."""
+
+    def __init__(self, process: Any) -> None:
+        """`process`: a multiprocessing.Process that was started."""
+        self._process = process
+        self.terminate, self.kill = process.terminate, process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; None while it runs."""
+        code: int | None = self._process.exitcode
+        return code
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when it has ended. Raises subprocess.TimeoutExpired after so many seconds."""
+        self._process.join(timeout)
+        if timeout is not None and self.returncode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
+
+
 class Child:
     """One program and the file of its output since this start."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, name: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | FunctionProcess, log: Path, name: str) -> None:
         self.name = name
         self._process, self._log = process, log
 
@@ -69,43 +95,25 @@ class Child:
 
 
 @contextmanager
-def started(
-    command: Sequence[str],
-    log: Path,
-    *,
-    folder: Path | None = None,
-    prepare: Callable[[], object] = lambda: None,
-) -> Iterator[Child]:
+def started(command: Sequence[str], log: Path, *, folder: Path | None = None) -> Iterator[Child]:
     """Start a program, which ends on leaving, and on Linux also when this process is killed.
 
     Args:
         command: The program and its arguments; one that is installed beside this Python is found.
         log: The file of its output, which is replaced.
         folder: Its working directory.
-        prepare: Called in the new process before the program; on Windows not at all.
 
     Raises:
         FederationError: The program is not installed, or runs already with this log.
     """
 
-    def prepared() -> None:  # between fork and exec; no other threads may run yet
-        end_with_parent()
-        prepare()
-
     try:
-        with log.open("ab") as out:
+        with _locked(log, command[0]) as out:
             # The program inherits the lock with the file and holds it until it ends, even if this process is killed.
-            try:
-                lock(out.fileno(), wait=False)
-            except OSError as error:
-                raise FederationError(
-                    f"{command[0]} is running already and writes {log}; stop it first"
-                ) from error
-            out.truncate(0)
             process = subprocess.Popen(
                 [path_of(command[0]), *command[1:]], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder,
                 # Ctrl-C is for this process, which then stops the others in order.
-                start_new_session=True, preexec_fn=prepared if os.name == "posix" else None,
+                start_new_session=True, preexec_fn=end_with_parent if os.name == "posix" else None,
             )  # fmt: skip
     except FileNotFoundError as error:
         raise FederationError(f"{command[0]} is not installed here") from error
@@ -114,6 +122,46 @@ def started(
         yield child
     finally:
         child.stop()
+
+
+@contextmanager
+def started_function(
+    function: Callable[..., None], *arguments: object, log: Path, name: str
+) -> Iterator[Child]:
+    """As `started`, for a function of a module. On Linux its process shares the memory of what is imported here."""
+    with _locked(log, name):
+        pass
+    process = PROCESSES.Process(target=_run_function, args=(log, function, arguments), name=name)
+    process.start()
+    child = Child(FunctionProcess(process), log, name)
+    try:
+        yield child
+    finally:
+        child.stop()
+
+
+def _run_function(log: Path, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    end_with_parent()
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C is for the process that started this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with log.open("ab") as out:
+        lock(out.fileno(), wait=True)  # until this process ends
+        for stream in (1, 2):
+            os.dup2(out.fileno(), stream)
+        function(*arguments)
+
+
+@contextmanager
+def _locked(log: Path, name: str) -> Iterator[BinaryIO]:
+    """The empty file of a program's output. Raises FederationError if the program runs already."""
+    with log.open("ab") as out:
+        try:
+            lock(out.fileno(), wait=False)
+        except OSError as error:
+            raise FederationError(f"{name} is running already and writes {log}; stop it first") from error
+        out.truncate(0)
+        yield out
 
 
 def path_of(program: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import ssl
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
@@ -21,24 +23,33 @@ from fedface.cli.child_processes import (
     START_SECONDS,
     Child,
     listens,
-    started,
+    started_function,
     stopped_by_sigterm,
 )
 from fedface.cli.console import say
-from fedface.device.config import (
-    DeviceConfig,
-    check_state_folder,
-    is_accessible_to_others,
-    read_device_config,
-)
 from fedface.errors import ConfigError, FederationError
-from fedface.photos.photo_index import default_cache
+from fedface.platforms import PROCESSES
 from fedface.sandbox import restrict
-from fedface.transport.executor import Executor, installed_app
+from fedface.transport.executor import SUPERNODE, Executor, run_supernode
+from fedface.transport.worker import WorkerProcess, log_to_stderr
 
 CONNECTED = "SuperNode ID:"  # what the SuperNode logs when the server has accepted it
+TEMPORARY = "tmp"  # in the state folder
 REACH_SECONDS = 10.0  # for the server to answer at the start
 MAX_AHEAD, MAX_BEHIND = 4.0, 300.0  # seconds of a device's clock; SuperLink refuses more than 5 and 305
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a waiting device needs of its device file."""
+
+    name: str
+    server: str
+    certificate: Path
+    node_key: Path
+    state: Path
+    read: tuple[Path, ...]  # files and folders for the code that sees photos
+    write: tuple[Path, ...]
 
 
 def device_start(path: Path) -> None:
@@ -48,31 +59,62 @@ def device_start(path: Path) -> None:
         ConfigError: The device file or one of its files is wrong, or this version of Flower is not supported.
         FederationError: The server cannot be reached, or the SuperNode ended.
     """
-    config = read_device_config(path)
-    _check_files(path, config)
-    _check_server(path, config)
-    check_state_folder(path, config.state)
-    _log_to_stderr()
+    # In a process that ends: what reads a policy needs 70 MB, and a waiting device does without.
+    with ProcessPoolExecutor(1, PROCESSES, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as checking:
+        setup = checking.submit(_checked, path).result()
+    log_to_stderr()
     try:
-        with stopped_by_sigterm(), _supernode(config) as (node, port, secret):
+        with stopped_by_sigterm(), _supernode(setup) as (node, port, secret):
             say("Code that a server sends is never run: this device answers with its installed fedface.")
-            _restrict(config, path.resolve().parent, port)
+            _restrict(setup, port)
             try:
                 node.wait_until(lambda: CONNECTED in node.output())
                 say(
-                    f"{_now()} {config.name} is connected to {config.server} and waits for tasks; Ctrl-C stops it."
+                    f"{_now()} {setup.name} is connected to {setup.server} and waits for tasks; Ctrl-C stops it."
                 )
             except FederationError as error:
-                raise FederationError(_why_ended(node, config.server)) from error
-            executor = Executor(f"{LOOPBACK}:{port}", secret, installed_app(path))
-            executor.run(running=lambda: node.running, report=lambda text: say(f"{_now()} {text}"))
-            raise FederationError(_why_ended(node, config.server))
+                raise FederationError(_why_ended(node, setup.server)) from error
+            with WorkerProcess(f"{LOOPBACK}:{port}", path) as worker:
+                executor = Executor(f"{LOOPBACK}:{port}", secret, worker)
+                executor.run(running=lambda: node.running, report=lambda text: say(f"{_now()} {text}"))
+            raise FederationError(_why_ended(node, setup.server))
     except KeyboardInterrupt:
         say("stopped; the ledger and stored replies stay in the state folder")
 
 
-def _check_files(path: Path, config: DeviceConfig) -> None:
-    certificate, key = config.certificate, config.node_key
+def _checked(path: Path) -> Setup:
+    """A device file, of a device that could work with its server; creates folders that code which sees photos needs."""
+    from fedface.device.config import check_state_folder, read_device_config
+    from fedface.photos.photo_index import default_cache
+
+    config = read_device_config(path)
+    _check_files(path, config.certificate, config.node_key)
+    _check_server(path, config.server, config.certificate)
+    check_state_folder(path, config.state)
+    index = default_cache(config.photos).parent
+    for folder in (index, config.state / TEMPORARY):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # An editor may replace the device file, so its folder is needed.
+    read, write = [config.photos, path.resolve().parent], [config.state, index]
+    if config.detector is not None:
+        read.append(config.detector)
+    if config.witness is not None:
+        config.witness.mkdir(exist_ok=True, mode=0o700)
+        write.append(config.witness)
+    return Setup(
+        name=config.name,
+        server=config.server,
+        certificate=config.certificate,
+        node_key=config.node_key,
+        state=config.state,
+        read=tuple(read),
+        write=tuple(write),
+    )
+
+
+def _check_files(path: Path, certificate: Path, key: Path) -> None:
+    from fedface.device.config import is_accessible_to_others
+
     if not certificate.is_file():
         raise ConfigError(
             f"{path}: certificate: there is no file {certificate}; ask the server's operator for its ca.crt"
@@ -86,9 +128,8 @@ def _check_files(path: Path, config: DeviceConfig) -> None:
         raise ConfigError(f"{path}: node_key: other users can read {key}; run chmod 600 on it")
 
 
-def _check_server(path: Path, config: DeviceConfig) -> None:
+def _check_server(path: Path, server: str, certificate: Path) -> None:
     """Ask the server once, for a reason in one sentence where the SuperNode would try for ever or give a number."""
-    server, certificate = config.server, config.certificate
     found = re.fullmatch(r"\[?([^\s\[\]/]+)\]?:(\d{1,5})", server)
     if found is None:
         raise ConfigError(
@@ -123,31 +164,33 @@ def _check_server(path: Path, config: DeviceConfig) -> None:
 
 
 @contextmanager
-def _supernode(config: DeviceConfig) -> Iterator[tuple[Child, int, bytes]]:
+def _supernode(setup: Setup) -> Iterator[tuple[Child, int, bytes]]:
     """Flower's SuperNode; yields it, and port and secret of its runtime endpoint. It ends on leaving."""
     with socket.create_server((LOOPBACK, 0)) as free:
         port = int(free.getsockname()[1])
     secret = secrets.token_hex(32).encode()
-    certificate, key = config.certificate, config.node_key
-    secret_file = config.state / f"runtime-{secrets.token_hex(4)}.secret"
-    command = [
-        "flower-supernode", "--superlink", config.server,
-        "--root-certificates", str(certificate), "--auth-supernode-private-key", str(key),
+    secret_file = setup.state / f"runtime-{secrets.token_hex(4)}.secret"
+    arguments = [
+        "--superlink", setup.server,
+        "--root-certificates", str(setup.certificate), "--auth-supernode-private-key", str(setup.node_key),
         "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
         "--host", LOOPBACK, "--port", str(port),
     ]  # fmt: skip
+    needed = [setup.certificate, setup.node_key, secret_file]
     create_bytes(secret_file, secret)
     try:
-        with started(
-            command,
-            config.state / "supernode.log",
-            prepare=lambda: restrict(read=[certificate, key, secret_file], write=[], connect=None),
-        ) as node:
+        log = setup.state / "supernode.log"
+        with started_function(_run_supernode, arguments, needed, log=log, name=SUPERNODE) as node:
             node.wait_until(lambda: listens(port), seconds=START_SECONDS)
             secret_file.unlink()  # it was read at the start
             yield node, port, secret
     finally:
         secret_file.unlink(missing_ok=True)
+
+
+def _run_supernode(arguments: list[str], needed: list[Path]) -> None:
+    restrict(read=needed, write=[], connect=None)
+    run_supernode(arguments)
 
 
 def _why_ended(node: Child, server: str) -> str:
@@ -158,34 +201,16 @@ def _why_ended(node: Child, server: str) -> str:
     return f"the connection to {server} has ended: {node.why_ended()}{unknown if 'activate' in node.output() else ''}"
 
 
-def _restrict(config: DeviceConfig, home: Path, port: int) -> None:
+def _restrict(setup: Setup, port: int) -> None:
     """Take from this process what answering tasks does not need, before anything is received, and say what it was."""
-    index = default_cache(config.photos).parent
-    temporary = config.state / "tmp"  # torch insists on one, and /tmp is open to others
-    for folder in (index, temporary):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.environ["TMPDIR"] = str(temporary)
-    # An editor may replace the device file, so its folder is needed.
-    read, write = [config.photos, home], [config.state, index]
-    if config.detector is not None:
-        read.append(config.detector)
-    if config.witness is not None:
-        config.witness.mkdir(exist_ok=True, mode=0o700)
-        write.append(config.witness)
-    given = restrict(read=read, write=write, connect=[port])
+    os.environ["TMPDIR"] = str(setup.state / TEMPORARY)  # torch insists on one, and /tmp is open to others
+    given = restrict(read=setup.read, write=setup.write, connect=[port])
     if given.enforced:
         say(f"The system keeps from the code that sees photos: {', '.join(given.enforced)}.")
     if given.missing:
         say(f"This system cannot keep from it: {', '.join(given.missing)}.")
-    readable, writable = (", ".join(map(str, places)) for places in (read, write))
+    readable, writable = (", ".join(map(str, places)) for places in (setup.read, setup.write))
     say(f"Beside programs, its own files to read are {readable}; to write: {writable}.")
-
-
-def _log_to_stderr() -> None:
-    """Warnings of this process, as plain lines; the SuperNode's output goes to its own file."""
-    log = logging.getLogger("fedface")
-    log.addHandler(logging.StreamHandler())
-    log.propagate = False
 
 
 def _now() -> str:

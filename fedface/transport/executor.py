@@ -2,8 +2,9 @@
 
 Flower's own executor unpacks the bundle of each run and imports it: whoever may start a run executes code on every
 device. With `flower-supernode --isolation process` another program may take the tasks. This one claims ClientApp tasks
-alone, never unpacks, installs or imports a bundle, and stays in one process, so that torch is loaded once. The device
-is the owner's file alone: the node config, and the run config that comes with a bundle, are not read.
+alone and never unpacks, installs or imports a bundle. It waits without what trains: a worker (transport/worker.py)
+answers a claimed task. The device is the owner's file alone: the node config, and the run config that comes with a
+bundle, are not read.
 
 This file is the only one that uses Flower's internals for that; tests/transport/test_executor.py checks them for each
 supported version.
@@ -12,12 +13,15 @@ supported version.
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import entry_points, version
 from pathlib import Path
+from typing import Protocol
 
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, FederationError
 from fedface.text import sanitize_text
 
 SUPPORTED = ("1.41", "1.42")
@@ -53,7 +57,29 @@ ACQUIRE = (
     "/flwr.proto.Runtime/AcquireTask"  # the one method that the secret protects; others need a task's token
 )
 
+SUPERNODE = "flower-supernode"  # Flower's command
+
 Answer = Callable[[FlowerMessage, Context], FlowerMessage]
+
+
+class Worker(Protocol):
+    """What answers claimed tasks."""
+
+    def start(self) -> None:
+        """Be ready for a task; called before the process that claimed it has other threads."""
+
+    def answer(self, token: str) -> str:
+        """Answer the task of this token; returns a sentence for the owner. Raises FederationError."""
+
+    def rest(self) -> None:
+        """There is no task at the moment."""
+
+
+def run_supernode(arguments: Sequence[str]) -> None:
+    """Run Flower's SuperNode in this process, as its command does."""
+    (program,) = entry_points(group="console_scripts", name=SUPERNODE)
+    sys.argv = [SUPERNODE, *arguments]
+    program.load()()
 
 
 def installed_app(device_file: Path) -> Answer:
@@ -71,11 +97,11 @@ def installed_app(device_file: Path) -> Answer:
 
 
 class Executor:
-    """Takes the tasks of one SuperNode, one at a time, in this thread."""
+    """Claims the tasks of one SuperNode, one at a time, for a worker."""
 
-    def __init__(self, address: str, secret: bytes, answer: Answer) -> None:
+    def __init__(self, address: str, secret: bytes, worker: Worker) -> None:
         """`address`, HOST:PORT, and `secret` of the SuperNode's runtime endpoint, which is on this machine."""
-        self._address, self._answer = address, answer
+        self._address, self._worker = address, worker
         auth = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({ACQUIRE}))
         self._tasks = _client(address, RuntimeVersionHttpInterceptor(component_name="fedface"), auth)
 
@@ -83,6 +109,7 @@ class Executor:
         """Answer tasks while `running()` is true; `report` gets one sentence for each."""
         while running():
             if not self.answer_one(report):
+                self._worker.rest()
                 time.sleep(POLL_SECONDS)
 
     def answer_one(self, report: Callable[[str], None]) -> bool:
@@ -95,41 +122,57 @@ class Executor:
             return False
         if not found.HasField("task") or not found.token or found.task.type != TaskType.CLIENT_APP:
             return False
-        client = _client(self._address, RuntimeTokenHttpInterceptor(found.token))
-        try:
-            report(self._answer_task(client))
-        except Exception as error:
-            # One task that cannot be fetched or answered must not end the device.
-            log.warning("a task could not be answered: %s", error)
-            push_task_output(client, None, SubStatus.FAILED, "the device could not answer")
-        finally:
-            client.close()
+        self._worker.start()
+        with _heartbeats(self._address, found.token):
+            try:
+                report(self._worker.answer(found.token))
+            except FederationError as error:
+                # The SuperNode itself sends an error to the server once the heartbeats have stopped.
+                log.warning("a task could not be answered: %s", error)
         return True
 
-    def _answer_task(self, client: RuntimeHttpClient) -> str:
-        started = time.monotonic()
-        heartbeat = HeartbeatSender(lambda: _beat(client))
-        heartbeat.start()
-        try:
-            message, context, _, _ = pull_task_input(client)  # the bundle, the last of the four, stays unread
-            try:
-                reply = self._answer(message, context)
-            except Exception as error:
-                # Flower's ClientApp raises for messages of an unknown kind; the text may name files of the owner.
-                from fedface.transport.wire import DEVICE_ERROR  # noqa: PLC0415  loads torch, as `answer` did
 
-                log.exception("this device could not answer")
-                reason = f"the device stopped with {type(error).__name__}; see its own log"
-                reply = FlowerMessage(Error(DEVICE_ERROR, reason), reply_to=message)
-            push_message(client, reply, context)
-            # Without the context: nothing that a message changed in it is stored for the next.
-            push_task_output(client, None, SubStatus.COMPLETED, "")
-        finally:
-            heartbeat.stop()
-        metadata = message.metadata
-        request = sanitize_text(f"{metadata.message_type} request of round {metadata.group_id or '?'}", 80)
-        outcome = " with an error" if reply.has_error() else ""
-        return f"{request}: answered{outcome} in {time.monotonic() - started:.0f} s"
+def answer_task(address: str, token: str, answer: Answer) -> str:
+    """Answer one claimed task of the SuperNode at `address`; returns a sentence for the owner."""
+    started = time.monotonic()
+    client = _client(address, RuntimeTokenHttpInterceptor(token))
+    try:
+        message, context, _, _ = pull_task_input(client)  # the bundle, the last of the four, stays unread
+        try:
+            reply = answer(message, context)
+        except Exception as error:
+            # Flower's ClientApp raises for messages of an unknown kind; the text may name files of the owner.
+            from fedface.transport.wire import DEVICE_ERROR  # noqa: PLC0415  loads torch, as `answer` did
+
+            log.exception("this device could not answer")
+            reason = f"the device stopped with {type(error).__name__}; see its own log"
+            reply = FlowerMessage(Error(DEVICE_ERROR, reason), reply_to=message)
+        push_message(client, reply, context)
+        # Without the context: nothing that a message changed in it is stored for the next.
+        push_task_output(client, None, SubStatus.COMPLETED, "")
+    except Exception as error:
+        # One task that cannot be fetched or answered must not end the device.
+        push_task_output(client, None, SubStatus.FAILED, "the device could not answer")
+        return f"a task could not be answered: {sanitize_text(str(error), 200)}"
+    finally:
+        client.close()
+    metadata = message.metadata
+    request = sanitize_text(f"{metadata.message_type} request of round {metadata.group_id or '?'}", 80)
+    outcome = " with an error" if reply.has_error() else ""
+    return f"{request}: answered{outcome} in {time.monotonic() - started:.0f} s"
+
+
+@contextmanager
+def _heartbeats(address: str, token: str) -> Iterator[None]:
+    """Report that a claimed task is being worked on, in a thread, until the block ends."""
+    client = _client(address, RuntimeTokenHttpInterceptor(token))
+    heartbeat = HeartbeatSender(lambda: _beat(client))
+    heartbeat.start()
+    try:
+        yield
+    finally:
+        heartbeat.stop()
+        client.close()
 
 
 def _client(address: str, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:

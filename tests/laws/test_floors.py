@@ -53,6 +53,7 @@ DEVICE_ROOTS = (
     "fedface.device.device",
     "fedface.transport.client",
     "fedface.transport.executor",
+    "fedface.transport.worker",
 )
 NOT_ON_A_DEVICE = {
     "experiment", "sweep", "reports", "inference", "web", "public_data", "coordinator", "simulation",

@@ -70,6 +70,17 @@ def test_a_scan_loads_no_torch(tmp_path: Path) -> None:
     assert loaded(tmp_path, "photos scan photos") & (TRAINING | {"torch"}) == set()
 
 
+def test_a_waiting_device_loads_nothing_that_trains_or_reads_photos() -> None:
+    """It waits far longer than it works; a worker has the rest (`benchmarks/device_memory.py`)."""
+    script = "import sys, fedface.cli.device_start; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    kept = {"flwr", "numpy", "yaml"}  # Flower itself loads numpy
+    assert set(done.stdout.split()) & (HEAVY - kept) <= {"fastapi"}
+
+
 def test_an_owners_commands_load_nothing_that_trains(tmp_path: Path) -> None:
     """Neither torch, DP-SGD, encryption, networks of models nor charts; one process runs all commands in order."""
     device, _ = answered_device(tmp_path)

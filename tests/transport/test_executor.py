@@ -44,7 +44,15 @@ from tiny import NO_PRIVACY, tiny_experiment, tiny_gan, train_task
 from fedface.errors import FederationError
 from fedface.messages.messages import Refusal, to_message
 from fedface.messages.parsing import read_reply
-from fedface.transport.executor import ACQUIRE, INSTALLED, SUPPORTED, Executor, installed_app
+from fedface.transport.executor import (
+    ACQUIRE,
+    INSTALLED,
+    SUPPORTED,
+    Answer,
+    Executor,
+    answer_task,
+    installed_app,
+)
 from fedface.transport.wire import from_record, to_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +153,24 @@ class Node:
         return found.status.status, found.status.sub_status
 
 
+@dataclass
+class Here:
+    """A worker in this process."""
+
+    node: Node
+    app: Answer
+
+    def start(self) -> None:
+        """It is ready."""
+
+    def answer(self, token: str) -> str:
+        """As the worker of a device does in its own process."""
+        return answer_task(self.node.address, token, self.app)
+
+    def rest(self) -> None:
+        """It stays."""
+
+
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
     """Flower's runtime endpoint, protected by SECRET."""
@@ -194,7 +220,7 @@ def test_a_hostile_bundle_runs_nothing_and_its_message_is_answered_by_the_instal
     ours, stock = tmp_path / "ours", tmp_path / "stock"
     task = node.add_task(message_of(request_to_train, 1), ours)
     said: list[str] = []
-    assert Executor(node.address, SECRET, installed_app(device_file)).answer_one(said.append)
+    assert Executor(node.address, SECRET, Here(node, installed_app(device_file))).answer_one(said.append)
     assert not ours.exists()
     reply = read_reply(from_record(node.result(1)))
     assert isinstance(reply, Refusal) and reply.device == "kitchen"
@@ -228,7 +254,7 @@ def test_one_process_answers_every_task_and_an_unknown_kind_ends_nothing(
     node: Node, device_file: Path, request_to_train: RecordDict, tmp_path: Path
 ) -> None:
     """An unknown message is answered with an error that names nothing of the device."""
-    executor = Executor(node.address, SECRET, installed_app(device_file))
+    executor = Executor(node.address, SECRET, Here(node, installed_app(device_file)))
     for run, kind in ((3, "query.format_disk"), (4, "train")):
         node.add_task(message_of(request_to_train, run, kind), tmp_path / "marker")
     running = iter([True, True, False])
@@ -244,7 +270,7 @@ def test_only_client_tasks_are_claimed(
     node: Node, device_file: Path, request_to_train: RecordDict, tmp_path: Path
 ) -> None:
     """Flower has other kinds of tasks, which also run code of the bundle."""
-    executor = Executor(node.address, SECRET, installed_app(device_file))
+    executor = Executor(node.address, SECRET, Here(node, installed_app(device_file)))
     for number, kind in enumerate(set(TaskType) - {TaskType.CLIENT_APP}, start=10):
         if kind in (TaskType.AGENT_APP, TaskType.SERVER_APP):
             task = node.add_task(message_of(request_to_train, number), tmp_path / "marker", kind)
@@ -258,9 +284,13 @@ def test_another_program_of_this_machine_cannot_take_a_task(
 ) -> None:
     """Without the secret of this start."""
     task = node.add_task(message_of(request_to_train, 20), tmp_path / "marker")
-    assert not Executor(node.address, b"guessed", installed_app(device_file)).answer_one(lambda text: None)
+    assert not Executor(node.address, b"guessed", Here(node, installed_app(device_file))).answer_one(
+        lambda text: None
+    )
     assert node.status(task)[0] == Status.PENDING
-    assert Executor(node.address, SECRET, installed_app(device_file)).answer_one(lambda text: None)
+    assert Executor(node.address, SECRET, Here(node, installed_app(device_file))).answer_one(
+        lambda text: None
+    )
 
 
 class Replay:
@@ -295,7 +325,9 @@ def test_a_replayed_request_and_the_token_of_a_finished_task_are_refused(
     push_task_output(once, None, SubStatus.COMPLETED, "")
     with pytest.raises(httpx.HTTPStatusError, match="401"):
         pull_task_input(once)
-    assert Executor(node.address, SECRET, installed_app(device_file)).answer_one(lambda text: None)
+    assert Executor(node.address, SECRET, Here(node, installed_app(device_file))).answer_one(
+        lambda text: None
+    )
 
 
 def test_a_task_that_fails_to_arrive_ends_neither_the_device_nor_the_next_task(
@@ -310,7 +342,7 @@ def test_a_task_that_fails_to_arrive_ends_neither_the_device_nor_the_next_task(
     node.state.delete_messages(
         message_ids=[each.metadata.message_id for each in node.state.get_messages_legacy(run_ids=[30])]
     )
-    assert Executor(node.address, SECRET, answer).answer_one(lambda text: None)
+    assert Executor(node.address, SECRET, Here(node, answer)).answer_one(lambda text: None)
     assert node.status(task) == (Status.FINISHED, SubStatus.FAILED)
 
 
