@@ -71,4 +71,4 @@ def test_the_base_installation_is_the_device() -> None:
     base = " ".join(project["dependencies"])
     for word in ("matplotlib", "fastapi", "uvicorn", "opencv", "simulation", "ray"):
         assert not re.search(rf"\b{word}\b", base), word
-    assert set(project["optional-dependencies"]) == {"reports", "web", "simulation", "yunet", "dev"}
+    assert set(project["optional-dependencies"]) == {"reports", "server", "web", "simulation", "yunet", "dev"}
