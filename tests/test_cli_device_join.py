@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import ssl
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click import termui
 from command_line import Result, caller
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fake_server import OPERATOR, PUBLIC, TOKEN, FakeServer, running
 from tiny import tiny_experiment
 
 from fedface.aggregation.homomorphic import HomomorphicKeys
@@ -25,13 +20,10 @@ from fedface.coordinator.requests import run_plan
 from fedface.device.config import DeviceConfig, read_device_config
 from fedface.device.device import admitted_plans
 from fedface.messages.invite import Invite
-from fedface.messages.run_plan import RunPlan, SignedPlan
+from fedface.messages.run_plan import RunPlan
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.spending import fits_alone
 
-OPERATOR = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-PUBLIC = OPERATOR.public_key().public_bytes_raw()
-TOKEN = bytes(range(16))
 QUESTIONS = 6  # photos, name, budget, hours, evaluation, the run
 
 
@@ -53,96 +45,17 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class TLSServer(ThreadingHTTPServer):
-    """Each connection begins with a handshake, which a device may refuse."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-
-    def handle_error(self, *_: object) -> None:
-        """A device may end a connection at any time."""
-
-    def get_request(self) -> tuple[Any, Any]:
-        connection, peer = super().get_request()
-        return self.tls.wrap_socket(connection, server_side=True), peer
-
-
-class FakeServer:
-    """The paths that a joining device asks for; each request is noted."""
-
-    def __init__(self, certificates: Path, signed: SignedPlan) -> None:
-        self.authority = (certificates / "ca.crt").read_bytes()
-        self.plan = signed.to_bytes()
-        self.requests: list[str] = []
-        self.enrolled: dict[str, str] = {}  # token -> public key
-        self.silent_at = ""  # the path at which the connection ends without an answer
-        self.name = "kitchen"
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def answer(self, body: bytes | None) -> None:
-                server.requests.append(self.path)
-                status, content = server.respond(self.path, body)
-                if server.silent_at and self.path.startswith(server.silent_at):
-                    return
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def do_GET(self) -> None:
-                self.answer(None)
-
-            def do_POST(self) -> None:
-                self.answer(self.rfile.read(int(self.headers["Content-Length"])))
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Silent."""
-
-        self.http = TLSServer(("127.0.0.1", 0), Handler)
-        self.use(certificates)
-
-    def use(self, certificates: Path) -> None:
-        """Prove its identity with these from now on."""
-        self.http.tls.load_cert_chain(certificates / "server.crt", certificates / "server.key")
-
-    def respond(self, path: str, body: bytes | None) -> tuple[int, bytes]:
-        """As nginx and the enrolment service do."""
-        if path == "/join/ca.crt":
-            return 200, self.authority
-        if path.startswith("/join/plans/"):
-            return (200, self.plan) if self.plan else (404, b"not here")
-        request = json.loads(body or b"")
-        known = self.enrolled.setdefault(request["token"], request["public_key"])
-        if known != request["public_key"]:
-            return 403, json.dumps({"error": "this invitation was used by another device"}).encode()
-        return 200, json.dumps({"device": self.name}).encode()
-
-
 @pytest.fixture
 def server(certificates: Path, plan: RunPlan) -> Iterator[FakeServer]:
     """It runs until the end of the test."""
-    fake = FakeServer(certificates, plan.signed(OPERATOR))
-    thread = threading.Thread(target=fake.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield fake
-    fake.http.shutdown()
-    thread.join()
-    fake.http.server_close()
+    with running(FakeServer(certificates, plan.signed(OPERATOR))) as fake:
+        yield fake
 
 
 @pytest.fixture
-def invite(server: FakeServer, certificates: Path, plan: RunPlan) -> Invite:
+def invite(server: FakeServer, plan: RunPlan) -> Invite:
     """Of that server."""
-    authority = ssl.PEM_cert_to_DER_cert((certificates / "ca.crt").read_text())
-    return Invite(
-        address=f"localhost:{server.http.server_port}",
-        authority=hashlib.sha256(authority).digest(),
-        operator=PUBLIC,
-        plan=bytes.fromhex(plan.signed(OPERATOR).hash),
-        token=TOKEN,
-    )
+    return server.invite(plan.signed(OPERATOR).hash)
 
 
 @pytest.fixture

@@ -110,6 +110,32 @@ def resume(device: DeviceArgument) -> None:
     device_resume(device)
 
 
+@device.command("plans", epilog=example("fedface device plans ~/fedface/device.yaml"))
+def plans(
+    device: DeviceArgument,
+    remove: Annotated[
+        str | None, typer.Option(help="Take back the admission of the plan whose hash begins like this.")
+    ] = None,
+    json_out: JsonOption = False,
+) -> None:
+    """List the run plans that you admitted, what each costs, and whether its run fits the policy."""
+    from fedface.cli.device_plans import device_plans
+
+    device_plans(device, remove, json_out)
+
+
+@device.command("admit", epilog=example("fedface device admit ~/fedface/device.yaml 3328cabf..."))
+def admit(
+    device: DeviceArgument,
+    plan: Annotated[str, typer.Argument(help="The hash of the run plan, from the server's operator.")],
+    yes: YesOption = False,
+) -> None:
+    """Fetch another run plan of the same server, show it with its privacy cost, and admit it."""
+    from fedface.cli.device_plans import device_admit
+
+    device_admit(device, plan, yes)
+
+
 @device.command("log", epilog=example("fedface device log device.yaml --page log.html"))
 def log(
     device: DeviceArgument,

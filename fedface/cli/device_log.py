@@ -120,7 +120,7 @@ def device_withdraw(device: Path, run: str, reason: str, yes: bool) -> None:
         _list(mine.ahead())
         _say("What cannot be undone:")
         _list(mine.lasting())
-        _confirm(f"Withdraw from {run}", yes)
+        confirm(f"Withdraw from {run}", yes)
     deleted = withdraw(state, run, reason)
     when = "now" if mine.withdrawn is None else f"already, on {moment(mine.withdrawn)}"
     _say(f"You have withdrawn from {run} {when}; stored replies deleted: {deleted}.")
@@ -150,7 +150,7 @@ def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: 
     _say("What it means:")
     _list(["Stop the device first: while it works, it may write anew what is deleted here."])
     _list(describe_erasure(state, ledger=ledger))
-    _confirm("Erase it", yes)
+    confirm("Erase it", yes)
     if export_to is not None:
         create_bytes(export_to, _copy(state).encode())
         _say(f"Wrote {export_to}.")
@@ -181,7 +181,7 @@ def _copy(state: DeviceState) -> str:
     return export(state.ledger.verify(), delta=policy.delta, unit=policy.unit, now=utc_now())
 
 
-def _confirm(question: str, yes: bool) -> None:
+def confirm(question: str, yes: bool) -> None:
     """Go on if the owner says so; without a terminal, only --yes says it."""
     if not yes and not sys.stdin.isatty():
         raise ConfigError(

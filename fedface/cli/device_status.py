@@ -99,7 +99,7 @@ def is_connected(state: Path) -> bool:
 
 def device_status(device: Path, json_out: bool) -> None:
     """`fedface device status`."""
-    state = _existing(device)
+    state = existing_device(device)
     status = read_status(state)
     if json_out:
         print_json(status.record())
@@ -115,7 +115,7 @@ def device_status(device: Path, json_out: bool) -> None:
         ),
         *(("Budget", budget.describe()) for budget in status.budgets),
         ("Last sent", _last(status.last)),
-        ("Runs", f"{len(status.plans)} admitted"),
+        ("Runs", f"{len(status.plans)} admitted; `fedface device plans {device}` lists them"),
     ):
         table.add_row(heading, cell(sentence))
     say(table)
@@ -138,7 +138,7 @@ def _last(sent: Transmission | None) -> str:
 
 def device_pause(device: Path) -> None:
     """`fedface device pause`."""
-    folder = _existing(device).config.state
+    folder = existing_device(device).config.state
     replace_bytes(folder / PAUSED_FILE, b"", mode=0o600)
     say(
         cell(
@@ -149,13 +149,14 @@ def device_pause(device: Path) -> None:
 
 def device_resume(device: Path) -> None:
     """`fedface device resume`."""
-    folder = _existing(device).config.state
+    folder = existing_device(device).config.state
     (folder / PAUSED_FILE).unlink(missing_ok=True)
     running = "" if is_running(folder) else f", once it runs: fedface device start {device}"
     say(cell(f"Resumed: tasks that the policy allows are answered{running}."))
 
 
-def _existing(device: Path) -> DeviceState:
+def existing_device(device: Path) -> DeviceState:
+    """The state of an owner's device. Raises ConfigError if its state folder is not there."""
     state = open_device(device)
     check_state_folder(device, state.config.state)
     return state

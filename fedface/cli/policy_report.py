@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from fedface.privacy.budget import Budget, format_upper_bound
 from fedface.privacy_units import Unit
@@ -68,7 +67,7 @@ class CombinedVerdict:
 class PolicyReport:
     """The response to a run."""
 
-    experiment: Path
+    run: str  # its name, or its experiment's file
     verdicts: tuple[Verdict, ...]
     together: CombinedVerdict | None  # None: one request, or one that is refused regardless of its cost
     privacy: str | None  # the recipe's guarantee, where its delta or unit differs from this device's
@@ -83,9 +82,9 @@ class PolicyReport:
     def describe(self) -> list[str]:
         """The response, then the costs behind it."""
         return [
-            f"this device would take part in {self.experiment}"
+            f"this device would take part in {self.run}"
             if self.refusal is None
-            else f"this device would refuse {self.experiment}: {self.refusal}",
+            else f"this device would refuse {self.run}: {self.refusal}",
             *(f"  {line}" for verdict in self.verdicts for line in verdict.describe(self.refusal)),
             *(
                 []

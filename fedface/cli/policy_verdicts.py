@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedface.cli.policy_report import CombinedVerdict, PolicyReport, Price, Verdict
 from fedface.errors import PolicyRefusal
-from fedface.experiment import Experiment, read_experiment
+from fedface.experiment import read_experiment
 from fedface.number_format import format_delta
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
@@ -16,7 +16,17 @@ from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters, Plan
 from fedface.privacy.policy import EVALUATION, DevicePolicy, Purpose
 from fedface.privacy.privacy_target import NoPrivacy
+from fedface.privacy.releases import compose
 from fedface.privacy_units import Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one kind of request of a run asks for."""
+
+    what: str  # "training", "evaluation"
+    purpose: Purpose
+    dp: DPParameters
 
 
 def judge_experiment(
@@ -25,31 +35,43 @@ def judge_experiment(
     """Whether a policy admits an experiment with some changes, beside what a ledger holds; nothing is recorded."""
     recipe = read_experiment(experiment, changes=changes)
     plan = recipe.plan()
-    requests: list[tuple[str, str, DPParameters]] = [
-        ("training", recipe.training.objective, plan.dp_parameters)
+    cohort, protocol = recipe.devices.count, recipe.aggregation.kind
+    requests = [
+        Request(
+            what="training",
+            purpose=Purpose(cohort, protocol, recipe.training.objective),
+            dp=plan.dp_parameters,
+        )
     ]
     if plan.evaluation is not None:
-        requests.append(("evaluation", EVALUATION, plan.evaluation))
+        purpose = Purpose(cohort, protocol, EVALUATION)
+        requests.append(Request(what="evaluation", purpose=purpose, dp=plan.evaluation))
+    report = judge(str(experiment), requests, allowed, ledger)
+    priced = any(verdict.prices for verdict in report.verdicts)
+    return replace(report, privacy=_other_guarantee(plan, allowed) if priced else None)
+
+
+def judge(run: str, requests: Sequence[Request], allowed: DevicePolicy, ledger: Ledger) -> PolicyReport:
+    """Whether a policy admits a run, beside what a ledger holds; nothing is recorded.
+
+    Args:
+        run: Its name in the report.
+        requests: One of training, one of evaluation, or both, of one privacy unit.
+    """
     # Hours and power are not considered: the run may request again later.
     unconditional = replace(allowed, hours=(), require_ac_power=False, min_battery=0.0, max_load=None)
-    verdicts = tuple(
-        _verdict(what, word, terms, recipe, unconditional, ledger) for what, word, terms in requests
-    )
-    priced = plan.dp_parameters.is_private and all(verdict.prices for verdict in verdicts)
-    return PolicyReport(
-        experiment=experiment,
-        verdicts=verdicts,
-        together=_together(plan, unconditional, ledger, verdicts) if priced and len(verdicts) > 1 else None,
-        privacy=_other_guarantee(plan, allowed) if any(verdict.prices for verdict in verdicts) else None,
-    )
+    verdicts = tuple(_verdict(request, unconditional, ledger) for request in requests)
+    priced = requests[0].dp.is_private and all(verdict.prices for verdict in verdicts)
+    together = None
+    if priced and len(verdicts) > 1:
+        together = _together([request.dp for request in requests], unconditional, ledger, verdicts)
+    return PolicyReport(run=run, verdicts=verdicts, together=together, privacy=None)
 
 
-def _verdict(
-    what: str, objective: str, terms: DPParameters, recipe: Experiment, allowed: DevicePolicy, ledger: Ledger
-) -> Verdict:
+def _verdict(request: Request, allowed: DevicePolicy, ledger: Ledger) -> Verdict:
+    terms, purpose = request.dp, request.purpose
     refusal: str | None = None
     prices: tuple[Price, ...] = ()
-    purpose = Purpose(recipe.devices.count, recipe.aggregation.kind, objective)
     try:
         allowed.check_static(terms, purpose)
         prices = tuple(
@@ -63,8 +85,13 @@ def _verdict(
     except PolicyRefusal as error:
         refusal = error.reason
     return Verdict(
-        what=what, objective=objective, unit=terms.unit, rounds=terms.schedule.rounds, refusal=refusal, prices=prices
-    )  # fmt: skip
+        what=request.what,
+        objective=purpose.objective,
+        unit=terms.unit,
+        rounds=terms.schedule.rounds,
+        refusal=refusal,
+        prices=prices,
+    )
 
 
 def _price(event: Event, unit: Unit, limit: Budget, ledger: Ledger) -> Price:
@@ -75,18 +102,18 @@ def _price(event: Event, unit: Unit, limit: Budget, ledger: Ledger) -> Price:
 
 
 def _together(
-    plan: Plan, allowed: DevicePolicy, ledger: Ledger, verdicts: Sequence[Verdict]
+    parts: Sequence[DPParameters], allowed: DevicePolicy, ledger: Ledger, verdicts: Sequence[Verdict]
 ) -> CombinedVerdict:
     """All requests of a run against the lifetime budget; a refusal of one request alone is not repeated here."""
-    life, unit = allowed.budgets[0], plan.dp_parameters.unit
-    short = ledger.check_budget(plan.total_event(), [life], run_unit=unit)
+    life, unit, event = allowed.budgets[0], parts[0].unit, compose(part.event() for part in parts)
+    short = ledger.check_budget(event, [life], run_unit=unit)
     alone = any(verdict.refusal is not None for verdict in verdicts)
     return CombinedVerdict(
         fits=short is None,
         refusal=None
         if short is None or alone
         else f"all requests together need {short.describe()}, and a run is admitted as a whole",
-        price=_price(plan.total_event(), unit, life, ledger),
+        price=_price(event, unit, life, ledger),
     )
 
 
