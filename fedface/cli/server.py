@@ -165,3 +165,19 @@ def stop(folder: FolderArgument, run: RunArgument = None) -> None:
     from fedface.cli.server_run import server_stop
 
     server_stop(folder.expanduser(), run)
+
+
+@server.command("status", epilog=example("fedface server status ~/fedface-server"))
+def status(folder: FolderArgument, json_out: JsonOption = False) -> None:
+    """Show whether the server runs, its devices, and how far its latest run is: round, refusals, missing answers."""
+    from fedface.cli.server_status import server_status
+
+    server_status(folder.expanduser(), as_json=json_out)
+
+
+@server.command("report", epilog=example("fedface server report ~/fedface-server family"))
+def report(folder: FolderArgument, run: RunArgument = None) -> None:
+    """Write the report of a run again, also of an unfinished one, and print its path."""
+    from fedface.cli.server_status import server_report
+
+    server_report(folder.expanduser(), run)

@@ -74,9 +74,14 @@ def write_config(folder: Path) -> Path:
     return home
 
 
+def is_running(folder: Path) -> bool:
+    """Whether SuperLink listens. Raises ConfigError if the folder is not a server's."""
+    return listens(read_ports(folder).superlink)
+
+
 def check_running(folder: Path) -> None:
     """Raise FederationError if the server does not run, ConfigError if the folder is not a server's."""
-    if not listens(read_ports(folder).superlink):
+    if not is_running(folder):
         raise FederationError(
             f"{folder}: the server is not running; start it with `fedface server start {folder}`"
         )
