@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
+from functools import cache
 
 import torch
 from flwr.app import Context, Error
@@ -15,7 +15,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
 from fedface.device.client import handle_task
-from fedface.device.device import Device, load_device
+from fedface.device.device import Device
 from fedface.errors import FederationError, FedfaceError, WeightsError
 from fedface.messages.messages import to_message
 from fedface.messages.parsing import read_task
@@ -63,7 +63,15 @@ def _answer(
         return FlowerMessage(Error(DEVICE_ERROR, reason), reply_to=message)
 
 
-def configured_device(path: Path) -> Device:
-    """The device of an owner's file, which is read again for each task. Raises ConfigError."""
-    torch.set_flush_denormal(True)  # sums of tiny numbers take no longer than others
-    return load_device(path)
+@cache
+def flush_denormals() -> None:
+    """Let sums of tiny numbers take no longer than others, in every thread; call it before torch has computed anything.
+
+    Raises:
+        FederationError: Threads of torch had started before, which do not take it over, or this processor cannot do it.
+    """
+    possible = torch.set_flush_denormal(True)
+    if not possible or bool((torch.full((1 << 22,), 1e-39) * 0.5).count_nonzero()):
+        raise FederationError(
+            "tiny numbers take longer than others here, which would show in the time of replies"
+        )

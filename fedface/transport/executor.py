@@ -89,9 +89,10 @@ def installed_app(device_file: Path) -> Answer:
     """
 
     def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
-        from fedface.transport.client import client_app, configured_device  # noqa: PLC0415  see above
+        from fedface.device.device import load_device  # noqa: PLC0415  see above
+        from fedface.transport.client import client_app  # noqa: PLC0415
 
-        return client_app(lambda _: configured_device(device_file))(message, context)
+        return client_app(lambda _: load_device(device_file))(message, context)
 
     return answer
 

@@ -12,6 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context
+from flwr.app import Message as FlowerMessage
+
 from fedface.errors import FederationError
 from fedface.platforms import PROCESSES, lower_priority
 from fedface.sandbox import end_with_parent
@@ -93,7 +96,14 @@ def _work(tasks: Connection, address: str, device_file: Path) -> None:
     )  # Ctrl-C is for the process that started this one, and ends it
     lower_priority()
     log_to_stderr()
-    answer = installed_app(device_file)
+    installed = installed_app(device_file)
+
+    def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
+        from fedface.transport.client import flush_denormals  # noqa: PLC0415  as in installed_app
+
+        flush_denormals()
+        return installed(message, context)
+
     try:
         while True:
             tasks.send(answer_task(address, tasks.recv(), answer))

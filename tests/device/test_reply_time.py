@@ -202,6 +202,36 @@ def test_a_reply_stored_before_a_power_failure_leaves_no_sooner(
     assert abs(times[0] - times[1]) <= 60.0  # but for the rehearsal, which is public
 
 
+def test_a_reply_leaves_after_twice_the_time_of_all_steps_and_that_of_reading(
+    tmp_path: Path, clock: VirtualClock
+) -> None:
+    """One step on 40 grey images is 3 microbatches of 7 s; a round has 3 steps, and 40 photos are read in 20 s."""
+    changes = {"training.sampling_rate": "1.0", "training.steps_per_round": "3"}
+    experiment = tiny_experiment(tmp_path / "recipe", changes=changes)
+    device = first_device(experiment, tmp_path / "devices")
+    started = clock.now
+    handle_task(train_task(experiment, tiny_gan()), replace(device, answer_seconds=1.0, max_photos=40))
+    assert clock.now - started == 21.0 + 2 * 3 * 21.0 + 20.0
+
+
+def test_occasions_are_rehearsed_with_more_photos_than_single_photos_would_be(
+    tmp_path: Path, clock: VirtualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Photos of an occasion join a step together, so that their number varies more."""
+    changes = {
+        "training.sampling_rate": "0.02",
+        "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: occasion}",
+    }
+    experiment = tiny_experiment(tmp_path / "recipe", changes=changes)
+    device = first_device(experiment, tmp_path / "devices")
+    caplog.set_level("INFO", "fedface.device")
+    handle_task(train_task(experiment, tiny_gan()), replace(device, answer_seconds=1.0, max_photos=500))
+    steps = experiment.training.schedule().steps_per_round
+    most = photos_per_step(500, 0.02, steps=steps, in_units=True)
+    assert f"rehearsing a step on {most} grey images" in caplog.text
+    assert most > photos_per_step(500, 0.02, steps=steps, in_units=False)
+
+
 @pytest.mark.parametrize(("size", "seconds"), [(16, 20.0), (256, 20.0), (257, 320.0), (1024, 320.0)])
 def test_reading_the_library_has_a_public_time(size: int, seconds: float) -> None:
     """40 photos: half a second each, and eight where crops are too large to be stored."""
