@@ -82,6 +82,8 @@ class FakeServer:
             return 200, self.authority
         if path.startswith("/join/plans/"):
             return (200, self.plan) if self.plan else (404, b"not here")
+        if path != "/join/enrol":
+            return 403, b"not here"
         request = json.loads(body or b"")
         known = self.enrolled.setdefault(request["token"], request["public_key"])
         if known != request["public_key"]:

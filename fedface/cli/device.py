@@ -94,6 +94,14 @@ def status(device: DeviceArgument, json_out: JsonOption = False) -> None:
     device_status(device, json_out)
 
 
+@device.command("check", epilog=example("fedface device check ~/fedface/device.yaml"))
+def check(device: DeviceArgument) -> None:
+    """Check server, clock, registration, photos, policy, keys and disk; exit code 2 if something will not work."""
+    from fedface.cli.device_check import device_check
+
+    device_check(device)
+
+
 @device.command("pause", epilog=example("fedface device pause ~/fedface/device.yaml"))
 def pause(device: DeviceArgument) -> None:
     """Refuse every task from now on; a device that runs stays connected."""

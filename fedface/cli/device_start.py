@@ -88,8 +88,8 @@ def _checked(path: Path) -> Setup:
     from fedface.photos.photo_index import default_cache
 
     config = read_device_config(path)
-    _check_files(path, config.certificate, config.node_key)
-    _check_server(path, config.server, config.certificate)
+    check_files(path, config.certificate, config.node_key)
+    check_server(path, config.server, config.certificate)
     check_state_folder(path, config.state)
     index = default_cache(config.photos).parent
     for folder in (index, config.state / TEMPORARY):
@@ -112,7 +112,23 @@ def _checked(path: Path) -> Setup:
     )
 
 
-def _check_files(path: Path, certificate: Path, key: Path) -> None:
+def check_registration(path: Path) -> None:
+    """Connect the device of an owner's file once, without answering anything.
+
+    Raises:
+        ConfigError: As for `device_start`.
+        FederationError: The server does not accept it, or cannot be reached.
+    """
+    setup = _checked(path)
+    with _supernode(setup) as (node, _, _):
+        try:
+            node.wait_until(lambda: CONNECTED in node.output(), seconds=START_SECONDS)
+        except FederationError as error:
+            raise FederationError(_why_ended(node, setup.server)) from error
+
+
+def check_files(path: Path, certificate: Path, key: Path) -> None:
+    """Raises ConfigError unless the certificate and a private key that others cannot read are there."""
     from fedface.device.config import is_accessible_to_others
 
     if not certificate.is_file():
@@ -128,8 +144,15 @@ def _check_files(path: Path, certificate: Path, key: Path) -> None:
         raise ConfigError(f"{path}: node_key: other users can read {key}; run chmod 600 on it")
 
 
-def _check_server(path: Path, server: str, certificate: Path) -> None:
-    """Ask the server once, for a reason in one sentence where the SuperNode would try for ever or give a number."""
+def check_server(path: Path, server: str, certificate: Path) -> float:
+    """Ask the server once; returns by how many seconds this device's clock is ahead of the server's.
+
+    The reason of a failure is one sentence, where the SuperNode would try for ever or give a number.
+
+    Raises:
+        ConfigError: The address or the certificate is invalid.
+        FederationError: The server cannot be reached, is another one, or would refuse this device's clock.
+    """
     found = re.fullmatch(r"\[?([^\s\[\]/]+)\]?:(\d{1,5})", server)
     if found is None:
         raise ConfigError(
@@ -161,6 +184,7 @@ def _check_server(path: Path, server: str, certificate: Path) -> None:
             f"this device's clock is {abs(ahead):.0f} s {side} the server's, which would refuse it; "
             "set the clock that is wrong"
         )
+    return ahead
 
 
 @contextmanager
