@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def test_repetitions_stop_where_the_budget_ends(ledger: Ledger) -> None:
         with pytest.raises(PolicyRefusal, match="is already spent"):
             killed(ledger, limit_for(2))
     assert len(ledger.entries()) == 2
+
+
+def test_a_repetition_beyond_the_free_ones_is_charged_to_a_period_too(ledger: Ledger) -> None:
+    """A period that has room for the run once has none for a second reply, however much is left for life."""
+    week = replace(limit_for(1), days=7)
+    for _ in range(FREE_ATTEMPTS):
+        entry = record_run(ledger, [ROOM, week], run="r", round=1)
+        ledger.record_attempt("r", 1, attempt=entry.attempt)
+    with pytest.raises(PolicyRefusal, match="7 days"):
+        record_run(ledger, [ROOM, week], run="r", round=1)
+    assert len(ledger.entries()) == 1
 
 
 def _computing(path: Path) -> None:

@@ -465,6 +465,7 @@ def test_a_sampling_rate_below_ten_times_delta_is_refused(ledger: Ledger) -> Non
     assert epsilon_of(terms.event(), 1e-5).upper < 0.06
     policy = DevicePolicy(max_epsilon=8, delta=1e-5, unit="photo", objectives=("generator",))
     purpose = Purpose(8, "homomorphic", "generator")
-    with pytest.raises(PolicyRefusal, match="below 10 times this device's delta"):
-        policy.check_static(terms, purpose)
+    for rate in (9e-6, 9e-5):
+        with pytest.raises(PolicyRefusal, match="below 10 times this device's delta"):
+            policy.check_static(replace(terms, schedule=replace(rare, sampling_rate=rate)), purpose)
     policy.check_static(replace(terms, schedule=replace(rare, sampling_rate=1e-4)), purpose)
