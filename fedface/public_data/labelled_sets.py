@@ -21,7 +21,7 @@ def check_simulated(experiment: Experiment, file: Path) -> None:
     """
     if isinstance(experiment.devices, RemoteDevices):
         raise ConfigError(
-            f"{file}: needs remote devices; start it as in server/README.md, or use simulated devices"
+            f"{file}: needs remote devices; start it with `fedface server run`, or use simulated devices"
         )
     for part in (experiment.devices, experiment.probe):
         if isinstance(part, LabelledDevices | LabelledProbe):

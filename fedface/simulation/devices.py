@@ -40,7 +40,7 @@ def simulated_device(experiment: Experiment, number: int, folder: Path) -> Devic
     """Simulated device `number`, from 0; its photos are rendered or read on first use."""
     if isinstance(experiment.devices, RemoteDevices):
         raise FederationError(
-            "this experiment needs remote devices; start it with `flwr run` against a SuperLink, "
+            "this experiment needs remote devices; start it with `fedface server run`, "
             "or use synthetic-devices or labelled-devices"
         )
     if not 0 <= number < experiment.devices.count:

@@ -120,7 +120,7 @@ def in_process_cohort(experiment: Experiment, folder: Path) -> GridCohort:
     """
     if isinstance(experiment.devices, RemoteDevices):
         raise FederationError(
-            "this experiment needs remote devices; start a SuperLink and `flwr run` it (server/README.md)"
+            "this experiment needs remote devices; start it with `fedface server run` (server/README.md)"
         )
     prepare(experiment, folder)
 
