@@ -52,7 +52,7 @@ privacy: {kind: privacy-target, epsilon: 8, delta: 1e-3}
 devices: {kind: remote-devices, count: 1}
 min_responses: 1
 training: {kind: gan-training, rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch_size: 16}
-probe: {kind: synthetic-probe, per_group: 2}
+probe: {kind: synthetic-probe, per_group: 8}
 aggregation: {kind: plain}
 evaluation: {epsilon_fraction: 0.2, holdout_fraction: 0.3}
 upsampling: {method: {kind: pulse, steps: 5}}

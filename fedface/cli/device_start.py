@@ -48,6 +48,8 @@ class Setup:
     certificate: Path
     node_key: Path
     state: Path
+    ledger: Path
+    paused: Path  # exists while the device is paused
     read: tuple[Path, ...]  # files and folders for the code that sees photos
     write: tuple[Path, ...]
 
@@ -64,7 +66,11 @@ def device_start(path: Path) -> None:
         setup = checking.submit(_checked, path).result()
     log_to_stderr()
     try:
-        with stopped_by_sigterm(), _supernode(setup) as (node, port, secret):
+        with (
+            stopped_by_sigterm(),
+            _supernode(setup) as (node, port, secret),
+            _worker(path, setup, port) as worker,
+        ):
             say("Code that a server sends is never run: this device answers with its installed fedface.")
             _restrict(setup, port)
             try:
@@ -74,9 +80,8 @@ def device_start(path: Path) -> None:
                 )
             except FederationError as error:
                 raise FederationError(_why_ended(node, setup.server)) from error
-            with WorkerProcess(f"{LOOPBACK}:{port}", path) as worker:
-                executor = Executor(f"{LOOPBACK}:{port}", secret, worker)
-                executor.run(running=lambda: node.running, report=lambda text: say(f"{_now()} {text}"))
+            executor = Executor(f"{LOOPBACK}:{port}", secret, worker)
+            executor.run(running=lambda: node.running, report=_report)
             raise FederationError(_why_ended(node, setup.server))
     except KeyboardInterrupt:
         say("stopped; the ledger and stored replies stay in the state folder")
@@ -84,7 +89,7 @@ def device_start(path: Path) -> None:
 
 def _checked(path: Path) -> Setup:
     """A device file, of a device that could work with its server; creates folders that code which sees photos needs."""
-    from fedface.device.config import check_state_folder, read_device_config
+    from fedface.device.config import LEDGER_FILE, PAUSED_FILE, check_state_folder, read_device_config
     from fedface.photos.photo_index import default_cache
 
     config = read_device_config(path)
@@ -107,6 +112,8 @@ def _checked(path: Path) -> Setup:
         certificate=config.certificate,
         node_key=config.node_key,
         state=config.state,
+        ledger=config.state / LEDGER_FILE,
+        paused=config.state / PAUSED_FILE,
         read=tuple(read),
         write=tuple(write),
     )
@@ -235,6 +242,14 @@ def _restrict(setup: Setup, port: int) -> None:
         say(f"This system cannot keep from it: {', '.join(given.missing)}.")
     readable, writable = (", ".join(map(str, places)) for places in (setup.read, setup.write))
     say(f"Beside programs, its own files to read are {readable}; to write: {writable}.")
+
+
+def _worker(path: Path, setup: Setup, port: int) -> WorkerProcess:
+    return WorkerProcess(f"{LOOPBACK}:{port}", path, ledger=setup.ledger, paused=setup.paused, report=_report)
+
+
+def _report(text: str) -> None:
+    say(f"{_now()} {text}")
 
 
 def _now() -> str:

@@ -101,7 +101,7 @@ def handle_task(task: Task, device: Device) -> Reply:
             f"there is no state folder {device.state}: mount or restore it; nothing was computed"
         )
     with one_at_a_time(device.state):
-        leaves = ReplyTime(device.answer_seconds)
+        leaves = ReplyTime(device.answer_seconds, device.stopped_seconds)
         try:
             with device.ledger() as ledger:
                 return _handle(task, device, ledger, leaves)
@@ -398,14 +398,14 @@ class _ReleaseTransaction:
         )
         log.info("rehearsing a step on %d grey images, to know how long this round takes", count)
         one_step = replace(self.terms, schedule=replace(schedule, sampling_rate=1.0, steps_per_round=1))
-        started = time.perf_counter()
+        started = self.leaves.timer()
         try:
             vector = computation(one_step, rehearsal=True)(_grey_images(count, size))
-            computed = time.perf_counter()
+            computed = self.leaves.timer()
             sums.protect(vector, self.task.round).to_bytes()
         except (RuntimeError, ValueError, MemoryError) as error:
             raise ConfigError(f"this round fails already on {count} grey images: {error}") from error
-        protected = time.perf_counter() - computed
+        protected = self.leaves.timer() - computed
         work = schedule.steps_per_round * (computed - started) + protected
         seconds = MARGIN * work + reading_seconds(self.device.max_photos, size)
         if seconds > ENTRY_LIFETIME.total_seconds() / 2:

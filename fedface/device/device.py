@@ -50,6 +50,8 @@ class Device:
     witness: Path | None = None  # folder elsewhere that stores the head of the ledger
     answer_seconds: float = 0.0  # replies leave at multiples of this time; 0, for simulated devices: at once
     max_photos: int = 500  # replies take as long as those of a library of this size
+    # How long this process has been stopped in all, since the owner's conditions did not hold.
+    stopped_seconds: Callable[[], float] = lambda: 0.0
     plans: AdmittedPlans | None = None  # the run plans that it answers; None: all that the policy allows
 
     @property

@@ -9,12 +9,17 @@ The number of photos in a round exceeds the number rehearsed with probability `O
 (Bernstein's inequality; Boucheron, Lugosi and Massart 2013, "Concentration Inequalities", Corollary 2.11). Work that
 still takes longer, since the machine is slower than in the rehearsal, leaves after 2, 4, 8, ... times as long, and so
 do the run's later replies.
+
+While the owner's conditions do not hold, the process is stopped (transport/worker.py). That time passes neither for the
+rehearsal nor for the work: the reply leaves later by as many slots as the device was stopped, which shows when the
+conditions held, and nothing of a photo.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from fedface.photos.training_crops import MAX_STORED_SIDE
 from fedface.training.unit_clipping import MAX_PHOTOS_PER_UNIT
@@ -53,19 +58,24 @@ def reading_seconds(max_photos: int, size: int) -> float:
 class ReplyTime:
     """The time at which the reply to one request leaves."""
 
-    def __init__(self, answer_seconds: float) -> None:
+    def __init__(self, answer_seconds: float, stopped: Callable[[], float] = lambda: 0.0) -> None:
         """The request came now.
 
         Args:
             answer_seconds: Replies leave at whole multiples of this, at least one after the request; 0: at once.
+            stopped: How many seconds in all this process was stopped since it began.
         """
-        self._slot = answer_seconds
-        self._start = time.time()
+        self._slot, self._stopped = answer_seconds, stopped
         self._announced = 1  # slots
+        self._start, self._stopped_before = time.time(), stopped()
+
+    def timer(self) -> float:
+        """Seconds of a clock that stands still while this process is stopped."""
+        return time.perf_counter() - self._stopped()
 
     def begin_work(self, seconds: float) -> None:
         """Work that takes `seconds` at most begins now; both are public."""
-        self._start = time.time()
+        self._start, self._stopped_before = time.time(), self._stopped()
         if self._slot > 0:
             self._announced = max(1, math.ceil(seconds / self._slot))
 
@@ -76,18 +86,21 @@ class ReplyTime:
 
     def wait(self) -> None:
         """Sleep until the reply may leave."""
-        if self._slot > 0:
-            slots = self._slots()
-            seconds = (self._first() + slots) * self._slot - time.time()
+        while self._slot > 0:
+            slots, stopped = self._slots(), self._stopped()
+            later = math.ceil((stopped - self._stopped_before) / self._slot)
+            seconds = (self._first() + slots + later) * self._slot - time.time()
             # No longer than that if the clock is set back meanwhile.
             time.sleep(max(0.0, min(seconds, 2 * slots * self._slot)))
+            if self._stopped() == stopped:
+                return
 
     def _first(self) -> int:
         return math.ceil(self._start / self._slot)
 
     def _slots(self) -> int:
-        """After how many slots the reply leaves: 1, 2, 4, ... times those announced."""
-        slots = self._announced
-        while self._slot > 0 and (self._first() + slots) * self._slot < time.time():
+        """After how many slots in which this process ran the reply leaves: 1, 2, 4, ... times those announced."""
+        slots, now = self._announced, time.time() - (self._stopped() - self._stopped_before)
+        while self._slot > 0 and (self._first() + slots) * self._slot < now:
             slots *= 2
         return slots

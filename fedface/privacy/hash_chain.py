@@ -27,7 +27,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,6 +132,22 @@ class Head:
             os.fsync(file.fileno())
         os.replace(draft, path)
         sync_folder(path.parent)
+
+
+@contextmanager
+def without_transactions(path: Path, seconds: float) -> Iterator[None]:
+    """Wait until no process is in a transaction of the chain at `path`, and let none begin one before the block ends.
+
+    The block is entered after so many seconds in any case, and at once where there is no chain.
+    """
+    if not path.is_file():
+        yield
+        return
+    place = f"{path.absolute().as_uri()}?mode=rw"
+    with closing(sqlite3.connect(place, uri=True, timeout=seconds, isolation_level=None)) as sql:
+        with suppress(sqlite3.Error):
+            sql.execute("BEGIN IMMEDIATE")
+        yield  # closing ends the transaction
 
 
 def head_path(path: Path) -> Path:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time as clock
+from collections import deque
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from pathlib import Path
@@ -25,6 +27,7 @@ POWER_SUPPLIES = Path("/sys/class/power_supply")  # where Linux lists batteries
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-(?:([01]\d|2[0-3]):([0-5]\d)|24:00)")
 A_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 MIDNIGHT = 24 * 60  # minutes
+LOAD_SECONDS = 10.0  # over which the load of other programs is measured while this one computes
 
 
 class ConditionsNotMet(PolicyRefusal):
@@ -92,6 +95,48 @@ class SystemEnvironment:
             return os.getloadavg()[0] / (os.cpu_count() or 1)
         except (AttributeError, OSError):
             return None
+
+
+class EnvironmentOfWork(SystemEnvironment):
+    """The same while this process, or one that it started, computes: only other programs count as load.
+
+    The load average cannot tell them apart, so that a computation would stop itself. Processor time can.
+    """
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, float]] = deque()
+
+    def load(self) -> float | None:
+        """How many processors other programs used in the last `LOAD_SECONDS`, since first asked, per core."""
+        try:
+            now, used = clock.monotonic(), _seconds_of_others()
+        except (OSError, psutil.Error):
+            return None
+        self._samples.append((now, used))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - LOAD_SECONDS:
+            self._samples.popleft()
+        since, used_then = self._samples[0]
+        return max(0.0, used - used_then) / max(now - since, LOAD_SECONDS) / (os.cpu_count() or 1)
+
+
+def _seconds_of_others() -> float:
+    """Processor time of all programs since the start of the machine, without this process and its descendants."""
+    machine = psutil.cpu_times()
+    busy = sum(machine) - machine.idle - sum(getattr(machine, name, 0.0) for name in _NOT_OTHERS)
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            own = process.cpu_times()
+        except psutil.NoSuchProcess:  # its time is now its parent's
+            continue
+        busy -= (
+            own.user + own.system + getattr(own, "children_user", 0.0) + getattr(own, "children_system", 0.0)
+        )
+    return busy
+
+
+# Waiting for a disk is no use of a processor; time of guests is also counted as that of users.
+_NOT_OTHERS = ("iowait", "steal", "guest", "guest_nice")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Protocol
@@ -82,8 +83,10 @@ def run_supernode(arguments: Sequence[str]) -> None:
     program.load()()
 
 
-def installed_app(device_file: Path) -> Answer:
+def installed_app(device_file: Path, stopped_seconds: Callable[[], float] = lambda: 0.0) -> Answer:
     """The installed ClientApp for the device of an owner's file, whatever the context of a message says.
+
+    `stopped_seconds`: as in fedface.device.device.Device.
 
     What trains is loaded with the first message and then stays: a waiting device does without its 300 MB.
     """
@@ -92,7 +95,9 @@ def installed_app(device_file: Path) -> Answer:
         from fedface.device.device import load_device  # noqa: PLC0415  see above
         from fedface.transport.client import client_app  # noqa: PLC0415
 
-        return client_app(lambda _: load_device(device_file))(message, context)
+        return client_app(lambda _: replace(load_device(device_file), stopped_seconds=stopped_seconds))(
+            message, context
+        )
 
     return answer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import NormalDist
@@ -117,6 +117,57 @@ def test_one_photo_more_changes_the_work_and_not_the_time(
     assert auc(*at_once) == 1.0 > allowed
     waited = [durations(device_of(n), task, clock) for n in (MICROBATCH - 1, MICROBATCH + 2, 0, 40)]
     assert auc(*waited[:2]) == 0.5 <= allowed and waited[2] == waited[3] == waited[0]
+
+
+@dataclass
+class Stops:
+    """A process that its owner stops while the clock goes on."""
+
+    clock: VirtualClock
+    seconds: float = 0.0
+
+    def stop(self, seconds: float) -> None:
+        """From now on, for so long."""
+        self.clock.now += seconds
+        self.seconds += seconds
+
+
+@pytest.mark.parametrize(
+    "moment", ["rehearsal", "work", "wait"], ids=["in the rehearsal", "in the work", "while it waits"]
+)
+def test_a_reply_is_later_by_the_slots_in_which_its_device_was_stopped(
+    device_of: Callable[[int], Device],
+    task: TrainTask,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: VirtualClock,
+    moment: str,
+) -> None:
+    """Neither the rehearsal nor the next round takes a stop for slow work, whose time would be doubled for good."""
+    expected = durations(device_of(3), task, clock)
+    stops = Stops(clock)
+    device = replace(device_of(4), stopped_seconds=lambda: stops.seconds)
+    padded, announced, sleep = per_example_gradients._padded, [], clock.sleep
+    begin_work = ReplyTime.begin_work
+    monkeypatch.setattr(
+        ReplyTime, "begin_work", lambda self, seconds: announced.append(1) or begin_work(self, seconds)
+    )
+
+    def computing(images: torch.Tensor, microbatch: int) -> torch.Tensor:
+        if not stops.seconds and moment == ("work" if announced else "rehearsal"):
+            stops.stop(1000.0)
+        return padded(images, microbatch)
+
+    def waiting(seconds: float) -> None:
+        if not stops.seconds and moment == "wait" and seconds > 10:
+            stops.stop(1000.0)
+            seconds = max(0.0, seconds - 1000.0)
+        sleep(seconds)
+
+    monkeypatch.setattr(per_example_gradients, "_padded", computing)
+    monkeypatch.setattr(clock, "sleep", waiting)
+    times = durations(device, task, clock)
+    assert times[0] == expected[0] + 17 * 60.0  # 1000 s, in whole minutes
+    assert times[1] == expected[1]
 
 
 def test_a_failed_computation_leaves_when_any_other_does(

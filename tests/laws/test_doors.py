@@ -28,7 +28,10 @@ DOORS = {
     "fastapi": {"fedface/web/app.py", "fedface/web/server.py"},
     "starlette": {"fedface/web/app.py"},
     "uvicorn": {"fedface/web/server.py"},
-    "psutil": {"fedface/privacy/participation_conditions.py", "fedface/reports/run_record.py"},
+    "psutil": {
+        "fedface/privacy/participation_conditions.py", "fedface/reports/run_record.py",
+        "fedface/transport/worker.py",
+    },
     "dlib": {"fedface/photos/detectors.py"},
     "_dlib_pybind11": {"fedface/photos/detectors.py"},
     "face_recognition_models": {"fedface/photos/detectors.py"},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from fedface.privacy import participation_conditions
 from fedface.privacy.participation_conditions import (
     NOT_NOW_MESSAGE,
     ConditionsNotMet,
+    EnvironmentOfWork,
     ParticipationConditions,
     Power,
     SystemEnvironment,
@@ -219,3 +221,35 @@ def test_this_machine_has_measurements() -> None:
     assert here.now().tzinfo is not None
     assert here.load() is None or here.load() >= 0  # type: ignore[operator]
     assert isinstance(here.power(), Power)
+
+
+def test_only_other_programs_count_as_load_while_this_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores for 100 s, on which this process and its worker use 1.5 and another program 0.5 all the time."""
+    seconds = SimpleNamespace(passed=0.0)
+
+    class Family:
+        def __init__(self, share: float) -> None:
+            self.share = share
+
+        def cpu_times(self) -> SimpleNamespace:
+            half = self.share * seconds.passed / 2
+            return SimpleNamespace(user=half, system=0.0, children_user=half, children_system=0.0)
+
+        def children(self, recursive: bool) -> list[Family]:
+            return [Family(1.4)]
+
+    class Times(NamedTuple):
+        user: float
+        idle: float
+        iowait: float
+
+    monkeypatch.setattr(participation_conditions.clock, "monotonic", lambda: seconds.passed)
+    monkeypatch.setattr(psutil, "Process", lambda: Family(0.1))
+    monkeypatch.setattr(psutil, "cpu_times", lambda: Times(2.0 * seconds.passed, 7.0, seconds.passed))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    environment, loads = EnvironmentOfWork(), []
+    for _ in range(20):
+        loads.append(environment.load())
+        seconds.passed += 1.0
+    assert loads[0] == 0.0 and loads[-1] == pytest.approx(0.25)
+    assert loads[5] == pytest.approx(0.125)  # a burst counts once it lasts
