@@ -3,7 +3,7 @@
 A device waits far longer than it works. What trains needs 300 to 600 MB, which are given back with the process.
 
 While it works, this process checks the owner's conditions. Where they do not hold any more, the worker is stopped
-(SIGSTOP) until they do: nothing is lost, nothing leaves, and the SuperNode still gets heartbeats. It is told for how
+(SIGSTOP) until they do: nothing is lost, nothing leaves, and the SuperNode still gets heartbeats. It learns for how
 long, so that its replies leave at public times all the same (device/reply_time.py), and it is never stopped in a
 transaction of the ledger, so that the owner's commands can open it.
 """
