@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from click import termui
 from command_line import Result, caller
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fake_programs import fake_programs
 from fake_server import OPERATOR, PUBLIC, TOKEN, FakeServer, running
 from tiny import tiny_experiment
 
@@ -60,9 +62,13 @@ def invite(server: FakeServer, plan: RunPlan) -> Invite:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The owner's home with a folder of photos."""
+    """The owner's home with a folder of photos, and a systemctl that notes its calls."""
     (tmp_path / "Pictures").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv(
+        "PATH", f"{fake_programs(tmp_path / 'bin', 'systemctl')}{os.pathsep}{os.environ['PATH']}"
+    )
     return tmp_path
 
 
@@ -162,11 +168,11 @@ def test_the_owner_is_asked_again_after_an_impossible_answer(  # type: ignore[no
     other.mkdir()
     questions = answer(
         "~/nowhere", "~/Familie Grün", 'Küche "oben"', "lots", "0.5", "40", "25:00-07:00", "22:00-07:00,12:00-13:00",
-        "n", "y",
+        "n", "y", "n",
     )  # fmt: skip
     result = fedface("join", invite.code())
     assert result.code == 0, (result.out, result.err)
-    assert len(questions) == QUESTIONS + 4
+    assert len(questions) == QUESTIONS + 5
     assert f"there is no folder {home / 'nowhere'}" in result.out
     assert "a budget is a number above 0" in result.out and "would refuse it" in result.out
     assert 'hours must be written like "22:00-07:00"' in result.out
@@ -181,7 +187,7 @@ def test_an_interrupt_at_a_question_registers_nothing_and_the_same_command_goes_
     fedface, server: FakeServer, invite: Invite, home: Path, answer, question: int
 ) -> None:
     """Ctrl-C, or the end of the input."""
-    answers = ["", "", "", "", "y", "y"]
+    answers = ["", "", "", "", "y", "y", "n"]
     answer(*answers[:question], KeyboardInterrupt if question % 2 else EOFError)
     result = fedface("join", invite.code())
     assert result.code == 1 and "The same command goes on" in result.err and "Traceback" not in result.err
@@ -358,7 +364,7 @@ def test_only_an_owner_decides_to_trust_a_server_with_numbers_without_noise(  # 
     assert "trusts the server" in fedface("join", code, "--yes").err
     answer("", "", "", "", "n")
     assert "trusts the server" in fedface("join", code).err and server.enrolled == {}
-    answer("", "", "", "", "y", "y")
+    answer("", "", "", "", "y", "y", "n")
     assert fedface("join", code).code == 0
     policy = read_device_config(home / "fedface" / "device.yaml").policy
     assert (policy.trust_server, policy.unit, policy.protocols) == (True, "library", ("plain",))
@@ -372,3 +378,34 @@ def test_the_key_for_sums_follows_from_the_admitted_plan(  # type: ignore[no-unt
     key = home / "fedface" / "state" / "sum.key"
     assert fedface("keygen", key, "--device", home / "fedface" / "device.yaml").code == 0
     assert HomomorphicKeys.load(key).name
+
+
+def test_a_device_starts_as_a_service_unless_its_owner_says_no(  # type: ignore[no-untyped-def]
+    fedface, server: FakeServer, invite: Invite, home: Path, answer
+) -> None:
+    """An interrupt at this question is a no: the device has joined."""
+    calls = home / "bin" / "calls"
+    answer("", "", "", "", "y", "y", KeyboardInterrupt)
+    result = fedface("join", invite.code())
+    assert result.code == 0 and "Start it: fedface device start" in result.out and not calls.exists()
+    assert (
+        fedface("join", invite.code(), home / "second", "--yes", "--no-service").code == 2
+    )  # the token is used
+    server.enrolled.clear()
+    result = fedface("join", invite.code(), home / "second", "--yes")
+    assert result.code == 0 and "this device runs now and after each login" in result.out
+    assert "systemctl --user enable fedface-kitchen.service" in calls.read_text()
+
+
+def test_a_system_without_services_still_joins(  # type: ignore[no-untyped-def]
+    fedface, server: FakeServer, invite: Invite, home: Path
+) -> None:
+    """The way to start it without one is the last line."""
+    fake_programs(home / "bin", "systemctl", fails=True)
+    result = fedface("join", invite.code(), "--yes")
+    assert (
+        result.code == 0
+        and "No service was installed: systemctl --user daemon-reload failed: no bus" in result.out
+    )
+    assert result.out.splitlines()[-1] == f"Start it: fedface device start {home / 'fedface' / 'device.yaml'}"
+    assert not list((home / ".config").rglob("*.service"))

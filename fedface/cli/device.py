@@ -53,12 +53,15 @@ def join(
     yes: Annotated[
         bool, typer.Option("--yes", help="Ask nothing: accept the run, and the default of what is not given.")
     ] = False,
+    no_service: Annotated[
+        bool, typer.Option("--no-service", help="Do not start the device now and at each login.")
+    ] = False,
 ) -> None:
-    """Join a server by its invitation: shows the run and its privacy cost, asks you, and registers this device."""
+    """Join a server by its invitation: shows the run and its privacy cost, asks you, and starts this device."""
     from fedface.cli.device_join import Answers, device_join
 
     answers = Answers(photos=photos, name=name, epsilon=epsilon, hours=hours, ask=not yes)
-    device_join(code, folder.expanduser(), answers)
+    device_join(code, folder.expanduser(), answers, service=not no_service)
 
 
 @device.command(
@@ -142,6 +145,22 @@ def admit(
     from fedface.cli.device_plans import device_admit
 
     device_admit(device, plan, yes)
+
+
+@device.command("service", epilog=example("fedface device service ~/fedface/device.yaml"))
+def service(device: DeviceArgument) -> None:
+    """Run a device now and at each login, by systemd, launchd or the Task Scheduler; replaces its older service."""
+    from fedface.cli.device_service import device_service
+
+    device_service(device)
+
+
+@device.command("uninstall", epilog=example("fedface device uninstall ~/fedface/device.yaml"))
+def uninstall(device: DeviceArgument) -> None:
+    """Stop a device's service and remove it; ledger, keys and photos stay, and it says what else does."""
+    from fedface.cli.device_service import device_uninstall
+
+    device_uninstall(device)
 
 
 @device.command("log", epilog=example("fedface device log device.yaml --page log.html"))

@@ -18,10 +18,11 @@ import typer
 from fedface.aggregation.payload import HomomorphicConfig
 from fedface.atomic_io import create_bytes, locked_folder, replace_bytes
 from fedface.cli.console import cell, note, say
+from fedface.cli.device_service import install_service
 from fedface.cli.run_plan_text import describe_budget, plan_event, plan_price, plan_table
 from fedface.device.config import KEY_FILE, PLANS_FOLDER, check_name, filled_device_file
 from fedface.device.node_key import node_public_key
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, FedfaceError
 from fedface.messages.invite import Invite
 from fedface.messages.run_plan import AdmittedPlans, RunPlan
 from fedface.privacy.participation_conditions import ParticipationConditions
@@ -73,8 +74,8 @@ class Answers:
         return not self.ask or typer.confirm(question, default=True)
 
 
-def device_join(code: str, folder: Path, answers: Answers) -> None:
-    """Join the server of an invitation with a new folder.
+def device_join(code: str, folder: Path, answers: Answers, *, service: bool) -> None:
+    """Join the server of an invitation with a new folder, and start the device as a service if `service`.
 
     Raises:
         ConfigError: The invitation is mistyped, the folder is that of a device, or an answer is impossible.
@@ -94,6 +95,25 @@ def device_join(code: str, folder: Path, answers: Answers) -> None:
         except (typer.Abort, KeyboardInterrupt):
             note("\nStopped; this device has not joined. The same command goes on.")
             raise typer.Exit(1) from None
+    _start(file, answers, service=service)
+
+
+def _start(file: Path, answers: Answers, *, service: bool) -> None:
+    """Install the service, or say how to start the device without one."""
+    try:
+        if service and answers.confirm("Start it now, and each time you log in"):
+            say(cell(install_service(file)))
+            say(
+                cell(
+                    f"`fedface device status {file}` shows its state, `fedface device pause {file}` pauses it."
+                )
+            )
+            return
+    except typer.Abort:
+        pass
+    except FedfaceError as error:
+        say(cell(f"No service was installed: {error}"))
+    say(cell(f"Start it: fedface device start {file}"))
 
 
 def _join(invite: Invite, folder: Path, answers: Answers) -> None:
@@ -139,7 +159,6 @@ def _join(invite: Invite, folder: Path, answers: Answers) -> None:
             )
         )
         say("  every other: copy that file from the first device, not by way of the server")
-    say(cell(f"Then: fedface device start {file}"))
 
 
 def _trusted_server(invite: Invite, folder: Path) -> Server:
