@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from flwr.app import Context
-from flwr.app import Message as FlowerMessage
 
 from fedface.errors import ConfigError, FederationError
 from fedface.platforms import PROCESSES, lower_priority
@@ -171,11 +169,11 @@ def _work(tasks: Connection, stopped_seconds: Any, address: str, device_file: Pa
     log_to_stderr()
     installed = installed_app(device_file, lambda: float(stopped_seconds.value))
 
-    def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
+    def answer(*given: Any) -> Any:
         from fedface.transport.client import flush_denormals  # noqa: PLC0415  as in installed_app
 
         flush_denormals()
-        return installed(message, context)
+        return installed(*given)
 
     try:
         while True:

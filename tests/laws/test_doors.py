@@ -38,7 +38,7 @@ DOORS = {
 }  # fmt: skip
 FREE = {
     "cryptography", "jaxtyping", "jinja2", "markupsafe", "matplotlib", "numpy", "rich", "scipy", "skimage", "torch",
-    "ray",
+    "ray", "segno",
 }  # fmt: skip
 OURS = {"fedface", "clients", "server"}
 BANNED = {
