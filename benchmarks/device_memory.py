@@ -49,7 +49,7 @@ RUN = """
 question: How much memory does a device need?
 name: memory
 privacy: {kind: privacy-target, epsilon: 8, delta: 1e-3}
-devices: {kind: remote-devices, count: 1}
+devices: {kind: remote-devices, at_least: 1}
 min_responses: 1
 training: {kind: gan-training, rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch_size: 16}
 probe: {kind: synthetic-probe, per_group: 8}

@@ -105,7 +105,20 @@ class RemoteDevices:
 
     kind: ClassVar[str] = "remote-devices"
 
-    count: Annotated[int, AtLeast(1)] = 3  # wait for this many devices before the first round
+    at_least: Annotated[int, AtLeast(1)] = 3  # a round begins when this many are connected
+    # Of one round: sums and keys have room for as many. Others take part in later rounds
+    at_most: Annotated[int, In("[1, 4096]")] = 64
+    wait_minutes: Annotated[float, In("(0, 1e5]")] = 10.0  # for them to connect, before each round
+    answer_minutes: Annotated[float, In("(0, 1e4]")] = 60.0  # for them to answer; a later reply is left out
+
+    def __post_init__(self) -> None:
+        if self.at_most < self.at_least:
+            raise ValueError(f"at_most must be at least at_least={self.at_least}, got {self.at_most}")
+
+    @property
+    def count(self) -> int:
+        """How many devices a round has at least."""
+        return self.at_least
 
 
 Devices = SyntheticDevices | LabelledDevices | RemoteDevices
@@ -236,6 +249,11 @@ class Experiment:
                     f"aggregation: min_devices must be at most the {self.devices.count} devices, got {fewest}; "
                     "no device could decrypt a sum"
                 )
+            if fewest > self.min_responses:
+                raise ValueError(
+                    f"min_responses must be at least aggregation.min_devices={fewest}, got {self.min_responses}: "
+                    "devices would pay for a sum that none of them decrypts"
+                )
         if isinstance(self.training, UpsamplerTrainingConfig):
             if self.training.downscale != self.upsampling.downscale:
                 raise ValueError(
@@ -292,7 +310,12 @@ class Experiment:
     @property
     def agreement(self) -> AggregationParameters:
         """The aggregation parameters of devices and server; updates are divided by their public ranges."""
-        return AggregationParameters(value_range=1.0, max_devices=max(2, self.devices.count))
+        return AggregationParameters(value_range=1.0, max_devices=max(2, self.most_devices))
+
+    @property
+    def most_devices(self) -> int:
+        """How many devices are in one sum at most."""
+        return self.devices.at_most if isinstance(self.devices, RemoteDevices) else self.devices.count
 
     def plan(self) -> Plan:
         """The mechanism that meets the privacy target; calibrating its noise takes a second or two."""

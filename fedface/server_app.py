@@ -33,7 +33,12 @@ def server_app(home: Path) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         config = read_run_config(context.run_config, home)
         experiment, folder = config.experiment, config.folder
-        cohort = GridCohort(grid, come_within=600 if isinstance(experiment.devices, RemoteDevices) else 60)
+        devices = experiment.devices
+        cohort = (
+            GridCohort(grid, come_within=60 * devices.wait_minutes, answer_within=60 * devices.answer_minutes)
+            if isinstance(devices, RemoteDevices)
+            else GridCohort(grid, come_within=60.0)
+        )
         models = load_candidates(config.candidates, experiment) if config.candidates else {}
         with locked_folder(folder, "ranking" if models else "run"):
             progress = ReportedProgress(folder)

@@ -219,7 +219,7 @@ def test_two_processes_do_not_work_on_one_run(fedface, tmp_path: Path) -> None: 
 def test_remote_devices_need_a_server(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The error explains how to start one."""
     result = sentence(
-        fedface("run", str(tiny_file(tmp_path)), "--set", "devices={kind: remote-devices, count: 2}")
+        fedface("run", str(tiny_file(tmp_path)), "--set", "devices={kind: remote-devices, at_least: 2}")
     )
     assert "remote devices" in result and "server/README.md" in result
     assert not Path("runs").exists()

@@ -44,7 +44,7 @@ def server(fedface: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def experiment(tmp_path: Path) -> Path:
     """An experiment for three remote devices."""
     recipe = yaml.safe_load(tiny_file(tmp_path).read_text())
-    recipe["devices"] = {"kind": "remote-devices", "count": 3}
+    recipe["devices"] = {"kind": "remote-devices", "at_least": 3}
     path = tmp_path / "family.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -17,7 +17,7 @@ from fedface.coordinator.run import initialize_run
 from fedface.experiment import read_experiment
 from fedface.transport.run_config import read_run_config
 
-REMOTE = "devices: {kind: remote-devices, count: 2}\n"
+REMOTE = "devices: {kind: remote-devices, at_least: 2}\n"
 
 
 @pytest.fixture

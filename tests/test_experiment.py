@@ -54,7 +54,17 @@ def experiment(**changes: str) -> Experiment:
         ("probe", "{kind: synthetic-probe, per_group: 1}", "probe.per_group: must lie in [2, 1000]"),
         ("probe", "{kind: labelled-probe, per_group: 1}", "probe.per_group: must lie in [2, 1000]"),
         ("devices", "{kind: labelled-devices, count: 0}", "devices.count: must be at least 1"),
-        ("devices", "{kind: remote-devices, count: 0}", "devices.count: must be at least 1"),
+        (
+            "devices",
+            "{kind: remote-devices, at_most: 2}",
+            "devices.at_most: must be at least at_least=3, got 2",
+        ),
+        (
+            "aggregation",
+            "{kind: homomorphic, min_devices: 3}",
+            "min_responses must be at least aggregation.min_devices=3",
+        ),
+        ("devices", "{kind: remote-devices, at_least: 0}", "devices.at_least: must be at least 1"),
         ("upsampling.faces_per_photo", "0", "upsampling.faces_per_photo: must lie in [1, 64]"),
         (
             "upsampling.downscale",
@@ -156,5 +166,5 @@ def test_photos_replace_the_folders_of_devices_and_probe(tmp_path: Path) -> None
 
 def test_remote_devices_have_no_description_of_photos() -> None:
     """In their config."""
-    real = experiment(devices="{kind: remote-devices, count: 2}")
-    assert isinstance(real.devices, RemoteDevices) and real.agreement.max_devices == 2
+    real = experiment(devices="{kind: remote-devices, at_least: 2}")
+    assert isinstance(real.devices, RemoteDevices) and real.agreement.max_devices == 64

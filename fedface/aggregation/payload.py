@@ -67,6 +67,11 @@ class HomomorphicConfig:
 AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig
 
 
+def fewest_summed(config: AggregationConfig, cohort: int) -> int:
+    """The fewest updates that the sum of a round may contain, if `cohort` devices are asked."""
+    return min(cohort, config.min_devices) if isinstance(config, HomomorphicConfig) else cohort
+
+
 def _refuse(problem: str) -> NoReturn:
     raise AggregationError(f"this payload cannot be read: {problem}; ask its sender for a new one")
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fedface.aggregation.payload import fewest_summed
 from fedface.atomic_io import replace_bytes
 from fedface.cli.console import cell, print_json, say, table_of
 from fedface.cli.device_log import confirm
@@ -48,7 +49,9 @@ def judge_plan(plan: RunPlan, allowed: DevicePolicy, ledger: Ledger) -> PolicyRe
     for part in plan.parts:
         evaluates = isinstance(part, EvaluationRequest)
         objective = EVALUATION if isinstance(part, EvaluationRequest) else part.training.objective
-        purpose = Purpose(part.agreement.max_devices, part.aggregation.kind, objective)
+        purpose = Purpose(
+            fewest_summed(part.aggregation, part.agreement.max_devices), part.aggregation.kind, objective
+        )
         requests.append(Request(what="evaluation" if evaluates else "training", purpose=purpose, dp=part.dp))
     return judge(plan.name, requests, allowed, ledger)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedface.aggregation.payload import fewest_summed
 from fedface.cli.policy_report import CombinedVerdict, PolicyReport, Price, Verdict
 from fedface.errors import PolicyRefusal
 from fedface.experiment import read_experiment
@@ -35,7 +36,7 @@ def judge_experiment(
     """Whether a policy admits an experiment with some changes, beside what a ledger holds; nothing is recorded."""
     recipe = read_experiment(experiment, changes=changes)
     plan = recipe.plan()
-    cohort, protocol = recipe.devices.count, recipe.aggregation.kind
+    cohort, protocol = fewest_summed(recipe.aggregation, recipe.devices.count), recipe.aggregation.kind
     requests = [
         Request(
             what="training",

@@ -13,7 +13,7 @@ from fedface.audits.dp_metric_estimates import estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.coordinator.aggregate import collect_and_sum, noised_sum
 from fedface.coordinator.requests import evaluation_request
-from fedface.coordinator.rounds import ProgressListener, WithdrawalHandler
+from fedface.coordinator.rounds import ProgressListener, WithdrawalHandler, participants
 from fedface.coordinator.run_state import RunState
 from fedface.experiment import Experiment
 from fedface.measurements import Epsilon, NotMeasured
@@ -135,11 +135,10 @@ def evaluate_on_devices(
     if config is None:
         return state
     assert plan.evaluation is not None  # Experiment.plan makes it of the experiment's evaluation
-    everybody = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number, (name, model) in enumerate(models, start=1):
         if any(record.when == name for record in state.device_metrics):
             continue
-        members = [member for member in everybody if member not in withdrawn]
+        members = participants(experiment, cohort, number, withdrawn)
         progress.stage(f"devices evaluate the model {name} the run on their own photos", len(members))
         evaluation = Evaluation(
             run=state.folder.name,

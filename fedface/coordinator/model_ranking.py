@@ -20,7 +20,7 @@ from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_gr
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import dumps, encode, load
 from fedface.coordinator.device_evaluation import Evaluation, request_metrics
-from fedface.coordinator.rounds import ProgressListener
+from fedface.coordinator.rounds import ProgressListener, participants
 from fedface.errors import ConfigError, FederationError, RunError
 from fedface.experiment import Experiment, metrics_dp_parameters
 from fedface.messages.cohort import Cohort
@@ -111,12 +111,10 @@ def run_ranking(
     dp = ranking_parameters(experiment, len(models))
     path = folder / "metrics.json"
     state = RankingState.opened(path, experiment, models)
-    members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     withdrawn: set[int] = set()  # members whose owners have withdrawn
     for number, name in enumerate(state.order, start=1):
         if name in state.records:
             continue
-        progress.stage(f"devices evaluate candidate {number} of {len(models)}", len(members))
         evaluation = Evaluation(
             run=folder.name,
             number=number,
@@ -126,7 +124,8 @@ def run_ranking(
             config=config.metrics,
             holdout_fraction=0.0,
         )
-        requested = [member for member in members if member not in withdrawn]
+        requested = participants(experiment, cohort, number, withdrawn)
+        progress.stage(f"devices evaluate candidate {number} of {len(models)}", len(requested))
         metrics = request_metrics(
             experiment, evaluation, cohort, requested, progress.advance, withdrawn.update
         )

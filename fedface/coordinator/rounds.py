@@ -8,7 +8,7 @@ checkpoint is written last: if it exists, so does the record, and the round is o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -74,10 +74,8 @@ def run_rounds(
     if len(state.rounds) >= total:
         return state
     withdrawn = set() if withdrawn is None else withdrawn
-    # The first that connected: a sum has headroom only for as many devices as the experiment states.
-    members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number in range(len(state.rounds) + 1, total + 1):
-        members = [member for member in members if member not in withdrawn]
+        members = participants(experiment, cohort, number, withdrawn)
         model = load_model(weights_path(state.folder, number - 1))
         progress.stage(f"round {number} of {total}: devices train", len(members))
         task = _train_task(experiment, plan, model, state.folder.name, number, len(members))
@@ -100,6 +98,22 @@ def run_rounds(
         state = _with_metrics(state, experiment, reference, after)
         progress.message(_summary(record, total, with_metrics=plan.evaluation is not None))
     return state
+
+
+def participants(
+    experiment: Experiment, cohort: Cohort, number: int, withdrawn: Collection[int]
+) -> list[int]:
+    """The members of one round: all that are connected, or of more than a sum has room for the next ones in turn.
+
+    Raises:
+        FederationError: Too few connected in time.
+    """
+    connected = cohort.members(experiment.devices.count)
+    there, most = [member for member in connected if member not in withdrawn], experiment.most_devices
+    if len(there) <= most:
+        return there
+    first = (number - 1) * most % len(there)
+    return sorted((there[first:] + there[:first])[:most])
 
 
 def _without_partial_round(state: RunState, progress: ProgressListener) -> RunState:

@@ -236,7 +236,9 @@ def _audit(
         work.update(probe.images, rng=noise_source(plan.dp_parameters, streams), streams=streams)
         / work.ranges()
     )
-    costs = aggregation_costs(update.clamp(-1, 1), experiment.aggregation, experiment.agreement)
+    costs = aggregation_costs(
+        update.clamp(-1, 1), experiment.aggregation, experiment.agreement, max(2, experiment.devices.count)
+    )
     progress.advance(1)
     rng = Streams(experiment.seed)
     samples = {

@@ -210,30 +210,24 @@ def audit_update_leakage(
 
 
 def aggregation_costs(
-    update: Vector, config: AggregationConfig, agreement: AggregationParameters
+    update: Vector, config: AggregationConfig, agreement: AggregationParameters, devices: int
 ) -> list[AggregationRecord]:
-    """Sum this update with itself under both protocols, for as many devices as the run has."""
+    """Sum this update with itself under both protocols, for so many devices."""
     encrypted = config if isinstance(config, HomomorphicConfig) else HomomorphicConfig()
-    truth = update * agreement.max_devices
+    hidden = "any device with the shared key; the server reads only the sum"
     return [
-        _cost(PlainConfig(), "the server reads every update", update, truth, agreement),
-        _cost(
-            encrypted,
-            "any device with the shared key; the server reads only the sum",
-            update,
-            truth,
-            agreement,
-        ),
+        _cost(PlainConfig(), "the server reads every update", update, agreement, devices),
+        _cost(encrypted, hidden, update, agreement, devices),
     ]
 
 
 def _cost(
-    config: AggregationConfig, sees: str, update: Vector, truth: Vector, agreement: AggregationParameters
+    config: AggregationConfig, sees: str, update: Vector, agreement: AggregationParameters, devices: int
 ) -> AggregationRecord:
     device = make_device(config, agreement, make_keys(config, agreement))
     server = make_server(config, agreement)
     started = time.perf_counter()
-    payloads = [device.protect(update, 1) for _ in range(agreement.max_devices)]
+    payloads = [device.protect(update, 1) for _ in range(devices)]
     protected = time.perf_counter()
     total = server.combine(payloads)
     combined = time.perf_counter()
@@ -243,11 +237,11 @@ def _cost(
         protocol=config.kind,
         sees=sees,
         bytes_per_device=payloads[0].nbytes,
-        seconds_protect=(protected - started) / agreement.max_devices,
+        seconds_protect=(protected - started) / devices,
         seconds_combine=combined - protected,
         seconds_reveal=revealed - combined,
-        max_error=float((opened - truth).abs().max()),
-        count=agreement.max_devices,
+        max_error=float((opened - devices * update).abs().max()),
+        count=devices,
     )
 
 

@@ -26,6 +26,7 @@ from fedface.aggregation.payload import (
     HomomorphicConfig,
     Payload,
     PlainConfig,
+    fewest_summed,
 )
 from fedface.atomic_io import one_at_a_time
 from fedface.codec import encode
@@ -301,7 +302,8 @@ class _ReleaseTransaction:
                 "vector, and the server cannot add noise to an encrypted sum; nothing was computed"
             )
         # Today's policy applies to stored replies too, except for the budgets, which were charged before.
-        purpose = Purpose(task.cohort, self.aggregation.kind, self.objective)
+        fewest = fewest_summed(self.aggregation, task.cohort)
+        purpose = Purpose(fewest, self.aggregation.kind, self.objective)
         device.policy.check_static(self.terms, purpose)
         stored = ledger.load_reply(task.ledger_key, task.round)
         if stored is not None:

@@ -56,7 +56,7 @@ class Period:
 class Purpose(NamedTuple):
     """The purpose of a run."""
 
-    cohort_size: int  # how many devices' updates are summed
+    cohort_size: int  # the fewest devices whose updates may be summed
     protocol: str  # how updates are protected: "plain" or "homomorphic"
     objective: str  # what is trained, such as "generator", or "evaluation"
 
@@ -217,7 +217,7 @@ class DevicePolicy:
         self._admit_protocol(purpose.protocol)
         if purpose.cohort_size < self.min_cohort_size:
             raise PolicyRefusal(
-                f"this run sums {purpose.cohort_size} devices; this device takes part only among "
+                f"this run may sum only {purpose.cohort_size} devices; this device takes part only among "
                 f"{self.min_cohort_size} or more"
             )
 

@@ -275,11 +275,15 @@ def test_plain_and_encrypted_sums_give_the_same_model_up_to_half_a_step(tmp_path
     assert 0 < float(apart.max())
 
 
-def test_more_devices_than_the_experiment_states_get_no_task(tmp_path: Path) -> None:
-    """A sum has no headroom for them: the first to connect take part, and the round succeeds."""
-    cohort = cohort_of(tmp_path, {}, more=3)
-    (record,) = rounds(cohort.experiment, cohort).rounds
-    assert cohort.asked == [("TrainTask", 1, (0, 1))] and len(record.participants) == 2
+def test_more_devices_than_a_sum_has_room_for_take_turns(tmp_path: Path) -> None:
+    """A sum has headroom for the announced number alone; a device that comes late has its turn in a later round."""
+    cohort = cohort_of(tmp_path, {**THREE, "training.rounds": "2"})
+    connected = [2, 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cohort, "members", lambda required: range(connected.pop(0)))
+        patch.setattr(type(cohort.experiment), "most_devices", 2)
+        rounds(cohort.experiment, cohort)
+    assert [members for _, _, members in cohort.asked] == [(0, 1), (0, 2)]
 
 
 def test_a_device_with_another_key_is_named_and_the_round_continues(tmp_path: Path) -> None:

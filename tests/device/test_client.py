@@ -143,6 +143,16 @@ def test_the_release_is_recorded_before_a_photo_is_read(device: Device, task: Tr
     assert recorded(device) == [("tiny", 1, 1)]
 
 
+def test_a_device_without_its_state_folder_answers_nothing_and_begins_no_new_ledger(
+    device: Device, task: TrainTask
+) -> None:
+    """A disk that is not mounted while the device runs: a new ledger would not know what was spent."""
+    device.state.rename(device.state.with_name("elsewhere"))
+    with pytest.raises(LedgerError, match="there is no state folder"):
+        handle_task(task, device)
+    assert not device.state.exists()
+
+
 def test_a_spent_budget_is_a_refusal_with_three_numbers(device: Device, task: TrainTask) -> None:
     """Requested, spent, allowed; nothing is recorded and no photo is read."""
     poor = replace(device, photos=unreadable, policy=replace(device.policy, max_epsilon=0.5))
@@ -343,7 +353,7 @@ def test_the_last_affordable_round_is_answered_and_the_next_is_not(
     ("policy", "cohort", "words"),
     [
         ({"protocols": ("homomorphic",)}, 2, 'requests updates as "plain"; this device allows homomorphic'),
-        ({"min_cohort_size": 3}, 2, "sums 2 devices; this device takes part only among 3 or more"),
+        ({"min_cohort_size": 3}, 2, "may sum only 2 devices; this device takes part only among 3 or more"),
         ({"objectives": ("upsampler",)}, 2, 'requests training of "generator"; this device allows upsampler'),
     ],
 )
@@ -355,6 +365,17 @@ def test_what_the_owner_did_not_allow_is_refused(
     answer = handle_task(replace(task, cohort=cohort), strict)
     assert isinstance(answer, Refusal) and words in answer.reason
     assert recorded(device) == []
+
+
+def test_a_sum_that_this_device_would_not_decrypt_is_refused_before_it_costs_anything(tmp_path: Path) -> None:
+    """Eight devices are asked, but a sum of two may be opened: the owner's three are stated at once."""
+    _, device, task = hidden_round(tmp_path)
+    careful = replace(device, policy=replace(device.policy, min_cohort_size=3))
+    answer = handle_task(replace(task, cohort=8), careful)
+    assert isinstance(answer, Refusal) and "may sum only 2 devices" in answer.reason
+    assert recorded(device) == []
+    three = replace(task.config, aggregation=HomomorphicConfig(min_devices=3))
+    assert isinstance(handle_task(replace(task, cohort=8, config=three), careful), TrainResult)
 
 
 def test_a_run_without_dp_is_refused_unless_allowed(tmp_path: Path, device: Device) -> None:

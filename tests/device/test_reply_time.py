@@ -18,7 +18,7 @@ from fedface.device import client, reply_time
 from fedface.device.client import handle_task
 from fedface.device.device import Device
 from fedface.device.reply_time import OVERFLOW_PROBABILITY, ReplyTime, photos_per_step, reading_seconds
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, WeightsError
 from fedface.experiment import Experiment
 from fedface.messages.messages import Refusal, TrainResult, TrainTask
 from fedface.photos.device_dataset import DeviceDataset
@@ -180,6 +180,16 @@ def test_a_failed_computation_leaves_when_any_other_does(
 
     failing = replace(device_of(3), photos=broken)
     assert durations(failing, task, clock) == durations(device_of(4), task, clock)
+
+
+def test_an_error_leaves_at_a_public_time_too(
+    device_of: Callable[[int], Device], task: TrainTask, clock: VirtualClock
+) -> None:
+    """Weights other than those that the task states: the reply does not show how long the ledger took to say more."""
+    clock.now = started = 60.0 * (clock.now // 60.0 + 1)
+    with pytest.raises(WeightsError, match="the task states weights"):
+        handle_task(replace(task, model="another"), device_of(3))
+    assert clock.now - started == 60.0
 
 
 def test_a_round_that_fails_on_grey_images_is_refused_before_it_is_recorded(

@@ -286,7 +286,7 @@ def test_each_simulated_device_answers_under_its_own_name(recipe: Path, tmp_path
 
 def test_an_experiment_for_remote_devices_does_not_run_in_one_process(recipe: Path, tmp_path: Path) -> None:
     """There are no remote devices to wait for."""
-    real = read_experiment(recipe, changes={"devices": "{kind: remote-devices, count: 2}"})
+    real = read_experiment(recipe, changes={"devices": "{kind: remote-devices, at_least: 2}"})
     with pytest.raises(FederationError, match="remote devices"):
         in_process_cohort(real, tmp_path)
 
