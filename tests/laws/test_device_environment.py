@@ -7,8 +7,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
+from test_doors import foreign
+from test_floors import DEVICE_ROOTS, TREES, reached
 from tiny import tiny_experiment, tiny_gan, train_task
 
 from fedface.messages.messages import to_message
@@ -72,3 +75,21 @@ def test_the_base_installation_is_the_device() -> None:
     for word in ("matplotlib", "fastapi", "uvicorn", "opencv", "simulation", "ray"):
         assert not re.search(rf"\b{word}\b", base), word
     assert set(project["optional-dependencies"]) == {"reports", "server", "web", "simulation", "yunet", "dev"}
+
+
+# A bound for typer's version; imported as dlib; files alone.
+USED_OTHERWISE = {"click", "dlib-bin", "face_recognition_models"}
+
+
+def test_a_device_uses_all_that_the_base_installation_brings() -> None:
+    """Each dependency is imported by what trains on a device or by the commands of its owner."""
+    commands = [f"fedface.cli.{name}" for name in ("console", "device", "ledger", "photos", "policy")]
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        base = tomllib.load(file)["project"]["dependencies"]
+    used = set().union(*(foreign(TREES[module]) for module in reached([*DEVICE_ROOTS, *commands])))
+    brought = {distribution for name in used for distribution in packages_distributions().get(name, ())}
+    declared = {re.match(r"[\w-]+", line)[0] for line in base}  # type: ignore[index]
+    normal = {name.lower().replace("_", "-") for name in brought}
+    assert {
+        name for name in declared - USED_OTHERWISE if name.lower().replace("_", "-") not in normal
+    } == set()
