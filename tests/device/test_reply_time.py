@@ -286,11 +286,11 @@ def test_occasions_are_rehearsed_with_more_photos_than_single_photos_would_be(
     experiment = tiny_experiment(tmp_path / "recipe", changes=changes)
     device = first_device(experiment, tmp_path / "devices")
     caplog.set_level("INFO", "fedface.device")
-    handle_task(train_task(experiment, tiny_gan()), replace(device, answer_seconds=1.0, max_photos=500))
+    handle_task(train_task(experiment, tiny_gan()), replace(device, answer_seconds=1.0, max_photos=100))
     steps = experiment.training.schedule().steps_per_round
-    most = photos_per_step(500, 0.02, steps=steps, in_units=True)
+    most = photos_per_step(100, 0.02, steps=steps, in_units=True)
     assert f"rehearsing a step on {most} grey images" in caplog.text
-    assert most > photos_per_step(500, 0.02, steps=steps, in_units=False)
+    assert most > photos_per_step(100, 0.02, steps=steps, in_units=False)
 
 
 def test_training_is_rehearsed_with_the_photos_of_a_library_without_held_out_ones(
@@ -304,9 +304,9 @@ def test_training_is_rehearsed_with_the_photos_of_a_library_without_held_out_one
     experiment = tiny_experiment(tmp_path / "recipe", changes=changes)
     device = first_device(experiment, tmp_path / "devices")
     caplog.set_level("INFO", "fedface.device")
-    handle_task(train_task(experiment, tiny_gan()), replace(device, answer_seconds=1.0, max_photos=500))
+    handle_task(train_task(experiment, tiny_gan()), replace(device, answer_seconds=1.0, max_photos=60))
     steps = experiment.training.schedule().steps_per_round
-    assert f"a step on {photos_per_step(500, 0.02, steps=steps, in_units=False)} grey images" in caplog.text
+    assert f"a step on {photos_per_step(60, 0.02, steps=steps, in_units=False)} grey images" in caplog.text
 
 
 @pytest.mark.parametrize(("size", "seconds"), [(16, 20.0), (256, 20.0), (257, 320.0), (1024, 320.0)])
