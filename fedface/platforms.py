@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -80,9 +81,10 @@ def usable_cores() -> int:
 
 
 def lower_priority() -> None:
-    """Let other programs of this machine go first; on Windows nothing."""
+    """Let other programs of this machine go first, where that is possible; on Windows nothing."""
     if hasattr(os, "nice"):
-        os.nice(LOW_PRIORITY)
+        with suppress(OSError):
+            os.nice(LOW_PRIORITY)
 
 
 def limit(kind: Literal["AS", "CORE", "CPU", "FSIZE"], amount: int) -> None:

@@ -57,6 +57,39 @@ def test_every_module_imports_without_what_other_systems_lack() -> None:
     assert int(done.stdout) > 150
 
 
+SPAWNED = """
+import multiprocessing, time
+from pathlib import Path
+from fedface import platforms
+platforms.PROCESSES = multiprocessing.get_context("spawn")
+from fedface.cli.child_processes import started_function
+from fedface.errors import FederationError
+from fedface.transport.worker import WorkerProcess
+
+if __name__ == "__main__":
+    with started_function(print, "here", log=Path("log"), name="printer") as child:
+        child.wait_until(lambda: not child.running or "here" in child.output(), seconds=60)
+        child.wait_until(lambda: "here" in child.output(), seconds=5)
+    said = []
+    with WorkerProcess("127.0.0.1:1", Path("device.yaml"), ledger=Path("none"), paused=Path("paused"),
+                       report=said.append) as worker:
+        worker.start()
+        print(worker.answer("a token"))
+"""
+
+
+def test_functions_run_in_processes_that_are_not_forked(tmp_path: Path) -> None:
+    """As on macOS and Windows: a program's output goes to its file, and a worker answers, here that nothing listens."""
+    (tmp_path / "main.py").write_text(SPAWNED)
+    done = subprocess.run(
+        [sys.executable, "main.py"], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("a task could not be answered: ")
+    assert (tmp_path / "log").read_text() == "here\n"
+
+
 def windows_locks() -> SimpleNamespace:
     """Windows's msvcrt for one process: a byte of a file is locked until the file is closed."""
     held: dict[tuple[int, int, int], int] = {}

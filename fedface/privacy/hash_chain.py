@@ -27,7 +27,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,19 +135,27 @@ class Head:
 
 
 @contextmanager
-def without_transactions(path: Path, seconds: float) -> Iterator[None]:
-    """Wait until no process is in a transaction of the chain at `path`, and let none begin one before the block ends.
+def without_transactions(path: Path, seconds: float) -> Iterator[bool]:
+    """Keep all processes out of transactions of the chain at `path` until the block ends.
 
-    The block is entered after so many seconds in any case, and at once where there is no chain.
+    Args:
+        path: Its file; there may be none.
+        seconds: How long to wait for the end of a transaction.
+
+    Yields:
+        False if a process is still in one.
     """
     if not path.is_file():
-        yield
+        yield True
         return
     place = f"{path.absolute().as_uri()}?mode=rw"
     with closing(sqlite3.connect(place, uri=True, timeout=seconds, isolation_level=None)) as sql:
-        with suppress(sqlite3.Error):
+        try:
             sql.execute("BEGIN IMMEDIATE")
-        yield  # closing ends the transaction
+            free = True
+        except sqlite3.Error as error:
+            free = "locked" not in str(error)  # in a damaged file no transaction can begin
+        yield free  # closing ends the transaction
 
 
 def head_path(path: Path) -> Path:

@@ -34,7 +34,7 @@ from fedface.transport.executor import answer_task, installed_app
 WARM_SECONDS = 600.0  # how long a worker waits for the next task: the time between the rounds of a run
 CHECK_SECONDS = 1.0  # between checks of the owner's conditions
 MIN_STOP_SECONDS = 10.0  # a load near its limit must not stop and continue the worker every second
-LEDGER_SECONDS = 5.0  # to wait for the end of a transaction; none takes that long
+LEDGER_SECONDS = 1.0  # to wait for the end of a transaction; one that prices a run can take longer
 
 
 class WorkerProcess:
@@ -125,9 +125,11 @@ class WorkerProcess:
         return None
 
     def _stop(self, why: str) -> None:
-        """Stop the process, and return when it has been continued."""
+        """Stop the process, and return when it has been continued; at once if it is in a transaction of the ledger."""
         process = psutil.Process(self._process.pid)
-        with without_transactions(self._ledger, LEDGER_SECONDS):
+        with without_transactions(self._ledger, LEDGER_SECONDS) as free:
+            if not free:
+                return
             process.suspend()
             while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
                 time.sleep(0.001)  # the signal has not arrived yet
