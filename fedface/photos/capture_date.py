@@ -11,13 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Literal
 
 # exact: local time of the camera. day: only its day, at midnight. utc: to the second, in UTC, the local time unknown.
 # unreadable: there is a date, but it names no day. A photo without any date is "exact", with `taken` None.
 Precision = Literal["exact", "day", "utc", "unreadable"]
 YEARS = range(1900, 2101)
+# Where clocks start: what cameras and programs write that know no date (Mac, Unix, the same west of UTC, DOS).
+CLOCK_STARTS = frozenset(
+    {date(1900, 1, 1), date(1904, 1, 1), date(1970, 1, 1), date(1969, 12, 31), date(1980, 1, 1)}
+)
 MAX_XMP = 1_000_000  # bytes that are searched
 MAX_DATE = 64  # characters
 
@@ -30,9 +34,10 @@ _TIME = re.compile(
     r"(?P<late>[ap]\.? ?m\.?)? ?(?P<zone>z|utc|gmt|[+-]\d\d(?::?\d\d)?)?",
     re.IGNORECASE,
 )
+# An attribute's or an element's value; no value at all where XMP writes the date in yet another way.
 _XMP_DATE = re.compile(
-    r"[<\s][\w.-]{1,32}:(DateTimeOriginal|DateCreated|DateTimeDigitized|CreateDate)"
-    r"(?:\s{0,8}=\s{0,8}[\"']|\s{0,8}>\s{0,8})([^<>\"']{0,64})[\"'<]"
+    r"(?:<|[<\s][\w.-]{1,32}:)(DateTimeOriginal|DateCreated|DateTimeDigitized|CreateDate)(?![\w.:-])"
+    r"(?:\s{0,8}=\s{0,8}[\"']([^<>\"']{0,64})[\"']|[^<>]{0,128}>\s{0,8}([^<>]{0,64})<|)"
 )
 
 
@@ -50,7 +55,8 @@ UNREADABLE = CaptureDate(None, "unreadable")
 def parse_date(text: str) -> CaptureDate:
     """The year-first dialects: any separator or none, 12-hour clocks, ISO 8601; an offset from UTC is left out.
 
-    A time that cannot be read leaves the day; a day outside 1900 to 2100 or not in the calendar is unreadable.
+    A time that cannot be read leaves the day; a day outside 1900 to 2100, not in the calendar or in
+    `CLOCK_STARTS` is unreadable.
     """
     found = _DAY.fullmatch(" ".join(text[:MAX_DATE].split()))
     if found is None:
@@ -60,7 +66,7 @@ def parse_date(text: str) -> CaptureDate:
         midnight = datetime(year, month, day)
     except ValueError:
         return UNREADABLE
-    if year not in YEARS:
+    if year not in YEARS or midnight.date() in CLOCK_STARTS:
         return UNREADABLE
     time = _TIME.fullmatch(found[6].strip())
     since = None if time is None else _since_midnight(time)
@@ -102,11 +108,14 @@ def xmp_dates(packet: bytes) -> tuple[list[str], list[str]]:
     """The dates of an XMP packet: when the photo was taken, and when it was digitized.
 
     Two values of one property, as where a packet describes the parts of a montage, make it unreadable: an empty text.
+    So does a value that is no plain text, or longer than a date.
     """
-    encoding = "utf-16" if packet[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
     found: dict[str, set[str]] = {}
-    for name, text in _XMP_DATE.findall(packet[:MAX_XMP].decode(encoding, "ignore")):
-        found.setdefault(name, set()).add(text)
+    letters = packet[:MAX_XMP].replace(
+        b"\0", b""
+    )  # in UTF-16 and UTF-32 each letter of a date has zeros beside it
+    for name, attribute, element in _XMP_DATE.findall(letters.decode("utf-8", "ignore")):
+        found.setdefault(name, set()).add(attribute or element)
     dates = {name: texts.pop() if len(texts) == 1 else "" for name, texts in found.items()}
     taken, digitized = ("DateTimeOriginal", "DateCreated"), ("DateTimeDigitized", "CreateDate")
     return [dates[name] for name in taken if name in dates], [

@@ -95,7 +95,7 @@ def _degrees(tag: object, reference: object, positive: str, negative: str) -> fl
 
 
 def _place(gps: Tags) -> tuple[float, float] | None:
-    """Latitude and longitude; exactly (0, 0) is what cameras write for "unknown"."""
+    """Latitude and longitude; exactly 0 is what cameras write for "unknown", for both or for the one that is."""
     if STATUS in gps and _text(gps[STATUS]).upper() != "A":
         return None  # void: the receiver had no position when the photo was taken
     if ERROR_METRES in gps and not _at_most(gps[ERROR_METRES], MAX_ERROR_METRES):
@@ -104,7 +104,7 @@ def _place(gps: Tags) -> tuple[float, float] | None:
     longitude = _degrees(gps.get(LONGITUDE), gps.get(LONGITUDE_REF), "E", "W")
     if latitude is None or longitude is None or abs(latitude) > 90 or abs(longitude) > 180:
         return None
-    return None if latitude == longitude == 0 else (latitude, longitude)
+    return None if 0 in (latitude, longitude) else (latitude, longitude)
 
 
 def _at_most(tag: object, limit: float) -> bool:

@@ -68,6 +68,7 @@ def test_a_partly_readable_date_is_partly_known(text: str, taken: datetime, prec
 
 
 UNREADABLE = [
+    "1970:01:01 09:00:00", "1904-01-01", "1980:01:01 00:00:12",
     "", "    :  :     :  :  ", "0000:00:00 00:00:00", "2016:13:01 12:00:00", "2016:02:30 12:00:00",
     "2016:00:00 12:00:00", "2559:05:04 12:00:00", "16:05:04 12:00:00", "04/05/2016 12:00:00", "2016",
     "2016:05", "2016:05:123", "yesterday", "x" * 10_000, "2016#05#04 12:35:00", b"\xff\xfe", 7, (2016, 5, 4),
@@ -114,6 +115,33 @@ def test_a_date_in_xmp_is_read(name: str, element: bool) -> None:
     assert read_exif({0x0132: EDITED}, {}, {}, xmp=xmp(name, element=element)).taken == AFTERNOON
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<exif:DateTimeOriginal/>",
+        '<exif:DateTimeOriginal rdf:resource="2016-05-04"/>',
+        '<exif:DateTimeOriginal rdf:parseType="Resource"><rdf:value>2016-05-04</rdf:value></exif:DateTimeOriginal>',
+        f"<exif:DateTimeOriginal>2016-05-04T13:35:20.{'0' * 80}</exif:DateTimeOriginal>",
+        "<photoshop:DateCreated><rdf:Seq><rdf:li>2016</rdf:li></rdf:Seq></photoshop:DateCreated>",
+    ],
+)
+def test_a_date_that_xmp_writes_in_another_way_is_not_replaced_by_a_later_one(value: str) -> None:
+    packet = xmp("xmp:CreateDate", EDITED, element=True).replace(
+        b"<xmp:CreateDate>", value.encode() + b"<xmp:CreateDate>"
+    )
+    found = read_exif({}, {}, {}, xmp=packet)
+    assert (found.taken, found.date_precision) == (None, "unreadable")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("element", ['exif:DateTimeOriginal xml:lang="x-default"', "DateTimeOriginal"])
+def test_a_date_in_xmp_is_read_in_every_encoding_with_qualifiers_and_without_a_prefix(
+    encoding: str, element: str
+) -> None:
+    packet = f"<{element}>2016-05-04T13:35:20</{element.split()[0]}>".encode(encoding)
+    assert read_exif({}, {}, {}, xmp=packet).taken == AFTERNOON
+
+
 def test_xmp_is_bounded_and_no_entity_is_expanded() -> None:
     """An entity bomb remains text; two values of one property are no date."""
     bomb = b'<!DOCTYPE x [<!ENTITY a "' + b"2016" * 10 + b'">' + b'<!ENTITY b "&a;&a;&a;">' * 100 + b"]>"
@@ -153,7 +181,7 @@ BAD_PLACES: list[dict[int, Any]] = [
     {9: "V"}, {9: b"V\0"}, {9: ""}, {9: "?"}, {2: (33.0, 60.0, 0.0)}, {4: (151.0, 75.0, 0.0)},
     {2: (33.0, 51.0, 60.0)}, {4: (151.0, 12.0, 3000.0)}, {2: (-33.0, 51.0, 30.0)}, {2: (91.0, 0.0, 0.0)},
     {4: (180.0, 0.0, 1.0)}, {2: (33.86, 51.0, 30.0)}, {4: (151.0, 12.5, 30.0)},
-    {2: (0.0, 0.0, 0.0), 4: (0.0, 0.0, 0.0)},
+    {2: (0.0, 0.0, 0.0), 4: (0.0, 0.0, 0.0)}, {2: (0.0, 0.0, 0.0)}, {4: (0.0, 0.0, 0.0)},
     {2: (float("nan"), 0.0, 0.0)}, {2: None}, {2: (33.0, 51.0, 30.0, 1.0)}, {31: 20_000.0}, {31: float("nan")},
 ]  # fmt: skip
 
