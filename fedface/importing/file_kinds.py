@@ -12,6 +12,8 @@ from fedface.text import sanitize_text
 START: Final = 4096  # bytes that are looked at
 _COMPRESSED: Final[Mapping[bytes, str]] = {
     b"\x1f\x8b": "gzip",
+    b"\x1f\x9d": "compress",
+    b"\x04\x22\x4d\x18": "lz4",
     b"BZh": "bzip2",
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -44,20 +46,26 @@ def kind_without_weights(start: bytes) -> str:
     for magic, name in _OTHERS.items():
         if start.startswith(magic):
             return f"is {name}, not weights"
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)
-    except UnicodeDecodeError:
-        return ""
+    text = _text_of(start)
     if all(letter.isprintable() or letter.isspace() for letter in text):
         return _kind_of_text(text.strip())
     return ""
+
+
+def _text_of(start: bytes) -> str:
+    """In UTF-8, in UTF-16 with its mark, or in whatever encoding a page has; a zero where it is none of them."""
+    wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return codecs.getincrementaldecoder("utf-16" if wide else "utf-8-sig")().decode(start)
+    except UnicodeDecodeError:
+        return start.decode("cp1252", "replace") if start.lstrip().startswith(b"<") else "\0"
 
 
 def _kind_of_text(text: str) -> str:
     if text.startswith("version https://git-lfs"):
         return "is a git-LFS pointer to weights, not the weights: run git lfs pull where it comes from"
     if text.startswith("<"):
-        if re.search("<(!doctype )?html", text, re.IGNORECASE):
+        if re.search("<(!doctype )?(html|head|title|body|script)", text, re.IGNORECASE):
             title = re.search(r"<title[^>]*>([^<]*)<", text, re.IGNORECASE)
             shown = f" ({sanitize_text(' '.join(title[1].split()), 60)})" if title else ""
             return (
