@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_a_base_counts_from_the_files_own_folder(tmp_path: Path, monkeypatch: py
 
 
 def test_a_round_that_was_cut_is_asked_again(tmp_path: Path) -> None:
-    """Cut anywhere, or emptied: as if its file had been deleted."""
+    """Cut anywhere, or emptied, alone or after others, recorded or not: as if its file had been deleted."""
     experiment = tiny_experiment(tmp_path, {"privacy": "{kind: no-privacy}"})
     folder = started(experiment, tmp_path / "run")
     cohort = in_process_cohort(experiment, devices_folder(folder))
@@ -175,6 +176,14 @@ def test_a_round_that_was_cut_is_asked_again(tmp_path: Path) -> None:
         again = run_rounds(experiment, plan, cohort, RunState.read(folder), None, SilentProgress())
         assert [r.weights_hash for r in again.rounds] == [r.weights_hash for r in state.rounds]
         assert weights_hash(*load_model(last).modules()) == state.rounds[-1].weights_hash
+    state = RunState.read(folder)
+    for path in (weights_path(folder, 1), last):
+        path.write_bytes(b"")
+    again = run_rounds(experiment, plan, cohort, state, None, SilentProgress())
+    assert [r.weights_hash for r in again.rounds] == [r.weights_hash for r in state.rounds]
+    last.write_bytes(b"")
+    run_rounds(experiment, plan, cohort, replace(state, rounds=state.rounds[:1]), None, SilentProgress())
+    assert weights_hash(*load_model(last).modules()) == state.rounds[-1].weights_hash
 
 
 def test_a_typo_beside_all_is_said(fedface) -> None:  # type: ignore[no-untyped-def]

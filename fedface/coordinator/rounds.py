@@ -70,7 +70,7 @@ def run_rounds(
         FederationError: Too few usable replies in a round, or no device could decrypt the sum. The run can be resumed.
     """
     total = experiment.rounds
-    state = _with_metrics(_without_partial_round(state, progress), experiment, reference)
+    state = _with_metrics(_without_partial_rounds(state, progress), experiment, reference)
     if len(state.rounds) >= total:
         return state
     withdrawn = set() if withdrawn is None else withdrawn
@@ -94,7 +94,9 @@ def run_rounds(
             record = record.without(name)
             progress.message("a device has withdrawn from the run; its name is deleted from the run's files")
         state = handler.state.with_round(record)
-        save_model(weights_path(state.folder, number), after)
+        path = weights_path(state.folder, number)
+        path.unlink(missing_ok=True)  # what an interrupted round left, and may be cut
+        save_model(path, after)
         state = _with_metrics(state, experiment, reference, after)
         progress.message(_summary(record, total, with_metrics=plan.evaluation is not None))
     return state
@@ -116,20 +118,24 @@ def participants(
     return sorted((there[first:] + there[:first])[:most])
 
 
-def _without_partial_round(state: RunState, progress: ProgressListener) -> RunState:
-    """The state without a last round whose checkpoint is not on disk."""
-    if not state.rounds:
-        return state
+def _without_partial_rounds(state: RunState, progress: ProgressListener) -> RunState:
+    """The state without the last rounds whose checkpoints are not on disk."""
+    while state.rounds and not _is_stored(state):
+        progress.message(
+            f"round {len(state.rounds)} was interrupted before it was stored and is requested again"
+        )
+        state = replace(state, rounds=state.rounds[:-1])
+    return state
+
+
+def _is_stored(state: RunState) -> bool:
+    """Whether the checkpoint of the last round is on disk; it may be missing, or cut by a crash of the machine."""
     last = state.rounds[-1]
-    path = weights_path(state.folder, last.round)
     try:
-        if weights_hash(*load_model(path).modules()) == last.weights_hash:
-            return state
-    except WeightsError:  # missing, or cut by a crash of the machine
-        pass
-    path.unlink(missing_ok=True)
-    progress.message(f"round {last.round} was interrupted before it was stored and is requested again")
-    return replace(state, rounds=state.rounds[:-1])
+        model = load_model(weights_path(state.folder, last.round))
+    except WeightsError:
+        return False
+    return weights_hash(*model.modules()) == last.weights_hash
 
 
 def _with_metrics(
