@@ -51,7 +51,7 @@ MAGIC = {
     b"FUJIFILMCCD-RAW": "RAF", b"IIU\0": "RW2", b"IIRO": "ORF", b"IIRS": "ORF", b"MMOR": "ORF", b"FOVb": "X3F",
     b"\0MRM": "MRW", b"II\x1a\0\0\0HEAPCCDR": "CRW", b"\0\0\0\x0cJXL \r\n\x87\n": "JXL", b"\xff\x0a": "JXL",
     b"\0\0\0\x0cjP  \r\n\x87\n": "JP2", b"\xff\x4f\xff\x51": "JP2",
-    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
+    b"II*\0\x10\0\0\0CR\2": "CR2", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
 }  # fmt: skip
 TIFF_RAWS = {
     ".dng", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".cr2", ".pef", ".srw", ".3fr", ".iiq", ".rwl", ".erf", ".mef",
@@ -63,8 +63,10 @@ PICTURE_SUFFIXES = TIFF_RAWS | {
 }  # fmt: skip
 EMPTY_EXIF = 24  # bytes of an EXIF block without any tag
 HEAD = 4096  # bytes that identify a file
-SOFTWARE = "fedface"  # in the PNG files that we write, so that no reader of folders takes them for photos
-PICTURE_MARK = f"tEXtSoftware\0{SOFTWARE}"  # in the first bytes of such a file
+# In the PNG files that we write, so that no reader of folders takes them for photos. No program's name begins like it.
+SOFTWARE = "fedface: not a photo"
+# In the first bytes of such a file; in the last where another program saved it again.
+PICTURE_MARK = f"tEXtSoftware\0{SOFTWARE}"
 
 # What decoders raise on broken files. Anything else ends the child process that scans, which is a reason too.
 DECODER_ERRORS = (
@@ -118,11 +120,13 @@ def classify_file(path: Path) -> Literal["picture", "made by fedface", "other"]:
     try:
         with _open_regular(path) as file:
             head = file.read(HEAD)
+            file.seek(max(HEAD, os.fstat(file.fileno()).st_size - HEAD))
+            tail = file.read()
     except PhotoUnreadable:
         return "picture"  # so that reading it says why
     except (PhotoError, OSError):
         return "picture" if claims else "other"
-    if sniff(head) == "PNG" and PICTURE_MARK.encode() in head:
+    if sniff(head) == "PNG" and PICTURE_MARK.encode() in head + tail:
         return "made by fedface"
     return "picture" if claims or sniff(head) is not None else "other"
 

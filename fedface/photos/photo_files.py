@@ -21,7 +21,9 @@ OWN_PICTURES = "pictures made by fedface"
 THUMBNAIL_FOLDERS = frozenset({
     "@eadir", ".@__thumb", "@__thumb", ".thumbnails", "thumbnails", ".thumbs", "thumbs", ".thumb", "_thumbs", "_thumb",
     ".picasaoriginals", "iphoto thumbnails", ".photostructure", ".dtrash", "@tmp", "#recycle", "@recycle",
-    "#snapshot", "@recently-snapshot", "@snapshots", "$recycle.bin", ".trash", ".trashes", "lost+found",
+    "#snapshot", "@recently-snapshot", "@snapshots", "~snapshot", "$recycle.bin", ".trash", ".trashes", "lost+found",
+    "@synoresource", "@transcode", "@sharebin", "@quarantine", "recycler", "recycled", "recycle_bin", "trashbox",
+    "system volume information", "network trash folder", "temporary items", "files_trashbin",
 })  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, NetworkDetector
 from fedface.photos.face_alignment import Face, align
-from fedface.photos.image_io import classify_file, png_bytes
+from fedface.photos.image_io import SOFTWARE, classify_file, png_bytes
 from fedface.photos.library import summary
 from fedface.photos.scan import scan_library
 from fedface.reports.charts import face_grid, figure_png
@@ -47,15 +47,37 @@ def test_a_picture_that_fedface_writes_is_known_whatever_its_name(tmp_path: Path
     assert classify_file(tmp_path / "holiday.jpg") == "made by fedface"
 
 
+def test_a_picture_of_ours_is_known_where_a_program_moved_the_mark_to_its_end(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    ours, end = png_bytes(noise, software=SOFTWARE), b"\0\0\0\0IEND"
+    start, length = ours.index(b"tEXt") - 4, 12 + len("Software\0" + SOFTWARE)
+    chunk, rest = ours[start : start + length], ours[:start] + ours[start + length :]
+    (tmp_path / "a.png").write_bytes(rest.replace(end, chunk + end))
+    assert rest.index(end) > 20_000 and classify_file(tmp_path / "a.png") == "made by fedface"
+
+
 def test_only_the_mark_makes_a_picture_ours(tmp_path: Path) -> None:
-    for software in (None, "Matplotlib", "not fedface"):
+    for software in (None, "Matplotlib", "not fedface", "fedfaceswap 2.1", "fedface"):
         (tmp_path / "a.png").write_bytes(png_bytes(PIXELS, software=software))
         assert classify_file(tmp_path / "a.png") == "picture"
 
 
 @pytest.mark.parametrize(
     "name",
-    ["@eaDir", ".@__thumb", ".thumbnails", "Thumbs", "thumbnails", "#recycle", "@Recycle", "$RECYCLE.BIN"],
+    [
+        "@eaDir",
+        ".@__thumb",
+        ".thumbnails",
+        "Thumbs",
+        "thumbnails",
+        "#recycle",
+        "@Recycle",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "Network Trash Folder",
+        "trashbox",
+        "@Transcode",
+    ],
 )
 def test_thumbnails_of_nas_systems_are_left_out_and_counted(tmp_path: Path, name: str) -> None:
     root = tmp_path / "photos"
