@@ -81,6 +81,31 @@ def test_tables_of_a_foreign_database_stay(fedface) -> None:  # type: ignore[no-
         assert fedface("photos", "scan", "library", "--cache", "own.sqlite").code == 0
 
 
+@pytest.mark.parametrize("name", ["mine.sqlite-journal", "mine.sqlite-wal", "mine.sqlite-shm"])
+def test_a_foreign_file_with_the_name_of_a_journal_stays(fedface, name: str) -> None:  # type: ignore[no-untyped-def]
+    """SQLite would delete it; beside a new index, and beside one of ours, whose own journal it rolls back."""
+    Path("library").mkdir()
+    write_png(Path("library/a.png"), np.full((8, 8, 3), 90, dtype=np.uint8))
+    scan = ("photos", "scan", "library", "--cache", "mine.sqlite")
+    Path(name).write_text("precious")
+    assert f"would replace {name}" in refused(fedface(*scan)) and not Path("mine.sqlite").exists()
+    Path(name).unlink()
+    Path("mine.sqlite-journal").write_bytes(b"")
+    assert fedface(*scan).code == 0
+    Path(name).write_text("precious")
+    assert f"would replace {name}" in refused(fedface(*scan)) and Path(name).read_text() == "precious"
+
+
+def test_keys_and_ledgers_of_an_earlier_run_are_not_used_by_a_new_one(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Its folder was removed, or emptied."""
+    tiny_file(tmp_path)
+    Path("mine.private").mkdir()
+    for make in (lambda: None, Path("mine").mkdir):
+        make()
+        assert "belongs to an earlier run" in refused(fedface("run", "tiny.yaml", "--out", "mine"))
+    assert os.listdir("mine.private") == os.listdir("mine") == []
+
+
 FOLDERS = [
     "run tiny.yaml --out FOLDER",
     "run tiny.yaml --resume --out FOLDER",

@@ -15,11 +15,11 @@ def new_folder(name: str, out: Path | None) -> Path:
     """The folder for a new run: `out`, or the first of runs/NAME, runs/NAME-2, ... that does not exist.
 
     Raises:
-        RunError: There are keys and ledgers of an earlier run of this folder.
+        RunError: There are keys and ledgers of an earlier run of this folder, whose run is not there.
     """
     if out is not None:
         folder = _named(out)
-        if devices_folder(folder).exists() and not folder.exists():
+        if devices_folder(folder).exists() and not (folder.is_dir() and any(folder.iterdir())):
             raise RunError(
                 f"{devices_folder(folder)}: belongs to an earlier run; remove it, or choose another folder"
             )

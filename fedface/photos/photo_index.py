@@ -28,8 +28,9 @@ from fedface.photos.face_alignment import Face, alignment_side
 from fedface.photos.occasions import PhotoSignature
 
 Status = Literal["read", "refused", "own", "other"]
-VERSION = 4  # raise it when decoding or detection changes, and every file is read again
+VERSION = 5  # raise it when decoding or detection changes, and every file is read again
 APPLICATION_ID = 0x46466978  # "FFix", in the header of the SQLite file
+JOURNAL = bytes.fromhex("d9d505f920a163d7")  # how SQLite's journals begin, once they are on the disk
 MAX_FACES = 100  # stored for one photo, the largest
 
 _TABLES = """
@@ -140,6 +141,7 @@ class PhotoIndex:
         try:
             if self.path.is_file() and self.path.stat().st_size and not self._is_ours():
                 raise LibraryError(f"{self.path}: {self._foreign()}")
+            self._check_journal()
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             os.close(descriptor)
@@ -191,6 +193,16 @@ class PhotoIndex:
             header = file.read(72)
         return header.startswith(b"SQLite format 3\0") and header[68:] == APPLICATION_ID.to_bytes(4, "big")
 
+    def _check_journal(self) -> None:
+        """Raise LibraryError if a foreign file has the name of one of SQLite's own, which it would delete."""
+        place = self.path.resolve()
+        for ending in ("-journal", "-wal", "-shm"):
+            beside = place.with_name(place.name + ending)
+            if beside.exists() and (ending != "-journal" or _is_foreign_journal(beside)):
+                raise LibraryError(
+                    f"{self.path}: the index would replace {beside.name}, which fedface did not write; name another"
+                )
+
     def _foreign(self) -> str:
         """Why a file without our application id is not overwritten; indexes before version 4 had none."""
         try:
@@ -208,6 +220,15 @@ class PhotoIndex:
             raise LibraryError(
                 f"the index {self.path} cannot be used ({cause}); if no other scan is running, delete it"
             ) from cause
+
+
+def _is_foreign_journal(path: Path) -> bool:
+    """Whether a file cannot be SQLite's journal of a scan that runs or was killed; it may end meanwhile."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(JOURNAL)) not in (JOURNAL, bytes(len(JOURNAL)), b"")
+    except FileNotFoundError:
+        return False
 
 
 class ScanWriter:
