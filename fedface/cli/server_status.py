@@ -136,7 +136,11 @@ def _lines(status: ServerStatus) -> Iterator[str]:
         "; replace it with `fedface server renew`" if left < 30 else ""
     )
     states = list(status.devices.values())
-    others = [f"{name} ({state})" for name, state in status.devices.items() if state not in ("online", None)]
+    others = [
+        f"{name} ({state})"
+        for name, state in status.devices.items()
+        if state not in ("online", "revoked", None)
+    ]
     yield f"devices: {len(states) - states.count('revoked')} registered" + (
         f", {states.count('online')} online" if status.running else ""
     )

@@ -269,9 +269,13 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     server.do("fedface server revoke ~/fedface-server device-1")
     assert "revoked" in server.do("fedface server devices ~/fedface-server | grep device-1")
 
-    for process, device in zip(waiting, devices, strict=True):
+    until_true(lambda: waiting[0].poll() is not None, 90, "the revoked device does not end", homes)
+    log = (devices[0].folder / "device.log").read_text()
+    assert waiting[0].returncode == 2 and "Traceback" not in log, log
+    check_refused(devices[0])
+
+    for process, device in zip(waiting[1:], devices[1:], strict=True):
         process.terminate()
         assert process.wait(30) == 0
         assert "stopped" in (device.folder / "device.log").read_text()
         assert not list((device.folder / "fedface" / "state").glob("*.secret"))
-    check_refused(devices[0])  # revoked
