@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedface.errors import ConfigError, FederationError
 from fedface.text import sanitize_text
@@ -44,6 +44,7 @@ try:
         SuperExecAuthHttpInterceptor,
     )
     from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+    from flwr.supercore.run import RunNotRunningException
     from flwr.supercore.runtime import RuntimeHttpClient
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 except ImportError as error:
@@ -78,9 +79,39 @@ class Worker(Protocol):
 
 def run_supernode(arguments: Sequence[str]) -> None:
     """Run Flower's SuperNode in this process, as its command does."""
+    from flwr.supernode import start_client_internal as supernode  # noqa: PLC0415  the executor does without it
+
+    supernode._pull_and_store_message = received_or_dropped(supernode._pull_and_store_message)
     (program,) = entry_points(group="console_scripts", name=SUPERNODE)
     sys.argv = [SUPERNODE, *arguments]
     program.load()()
+
+
+def received_or_dropped(receive: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Flower's function that receives one message of the server, which then drops one whose run ends meanwhile.
+
+    A SuperNode sends one answer after each message that it received. Of such a message Flower 1.41 and 1.42 keep the
+    task and do not count it as received, because the end of a run is not an `Exception` there; from the answer to it on,
+    each answer would wait for the next message.
+    """
+
+    def ordinary(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            try:
+                return call(*arguments)
+            except RunNotRunningException as error:
+                raise FederationError("the run has ended") from error
+
+        return called
+
+    def received(*, pull_object: Callable, confirm_message_received: Callable, **others: Any) -> int | None:
+        return receive(
+            pull_object=ordinary(pull_object),
+            confirm_message_received=ordinary(confirm_message_received),
+            **others,
+        )
+
+    return received
 
 
 def installed_app(device_file: Path, stopped_seconds: Callable[[], float] = lambda: 0.0) -> Answer:

@@ -32,12 +32,13 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_task_output
+from flwr.supernode.start_client_internal import _pull_and_store_message
 from hostile_bundle import project
 from tiny import NO_PRIVACY, tiny_experiment, tiny_gan, train_task
 
@@ -52,6 +53,7 @@ from fedface.transport.executor import (
     Executor,
     answer_task,
     installed_app,
+    received_or_dropped,
 )
 from fedface.transport.wire import from_record, to_record
 
@@ -344,6 +346,39 @@ def test_a_task_that_fails_to_arrive_ends_neither_the_device_nor_the_next_task(
     )
     assert Executor(node.address, SECRET, Here(node, answer)).answer_one(lambda text: None)
     assert node.status(task) == (Status.FINISHED, SubStatus.FAILED)
+
+
+@pytest.mark.parametrize("late", ["pull_object", "confirm_message_received"])
+def test_a_message_whose_run_ends_while_it_arrives_leaves_no_task(
+    node: Node, request_to_train: RecordDict, tmp_path: Path, late: str
+) -> None:
+    """Flower's own function leaves its task, after which a SuperNode holds back the answers to the next run."""
+    for receive, tasks in ((_pull_and_store_message, 1), (received_or_dropped(_pull_and_store_message), 0)):
+        run_id = 40 + 2 * tasks + (late == "pull_object")
+        known = node.add_task(message_of(request_to_train, run_id), tmp_path / "marker")
+        node.state.finish_task(known, sub_status=SubStatus.FAILED, details="")
+        message = message_of(request_to_train, run_id, "evaluate")
+        message.metadata.__dict__["_message_id"] = message.object_id
+        parts = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+
+        def ended(*_: object) -> bytes:
+            raise RunNotRunningException
+
+        calls = {
+            "pull_object": lambda _, name, parts=parts: parts[name],
+            "confirm_message_received": lambda *_: None,
+        }
+        received = (message, get_object_tree(message))
+        assert (
+            receive(
+                state=node.state, object_store=node.state.object_store, node_config={},
+                receive=lambda received=received: received, get_run=None, get_fab=None, trusted_entities=None,
+                **{**calls, late: ended},
+            )
+            is None
+        )  # fmt: skip
+        assert len(node.state.get_tasks(run_ids=[run_id], statuses=[Status.PENDING])) == tasks
+        assert len(node.state.get_messages_legacy(run_ids=[run_id], is_reply=False)) == 1 + tasks
 
 
 def test_another_version_of_flower_is_refused(
