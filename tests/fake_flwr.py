@@ -9,10 +9,11 @@ import json
 import os
 import sys
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 
 STATE = Path(os.environ["FLWR_HOME"]) / "fake.json"
-NOW = "2026-11-30 12:00:00Z"
+NOW = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def ending() -> dict[str, str]:

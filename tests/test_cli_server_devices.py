@@ -10,7 +10,7 @@ import pytest
 from command_line import caller
 from server_folder import server_folder
 
-from fedface.cli import server_flower
+from fedface.cli import server_devices, server_flower
 
 
 @pytest.fixture
@@ -126,3 +126,21 @@ def test_a_moved_server_finds_its_certificate(fedface: Callable, server: Path) -
     assert "no device" in fedface("devices", "moved").out
     config = (server.parent / "moved/flwr/config.toml").read_text()
     assert f'root-certificates = "{server.parent}/moved/certificates/ca.crt"' in config
+
+
+def test_a_registration_that_was_killed_is_finished_by_the_next(
+    fedface: Callable, server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower accepts a key once, so the node that it has already is found again."""
+
+    def killed(folder: Path, *words: str) -> None:
+        server_flower.flower(folder, *words)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server_devices, "flower", killed)
+        assert fedface("register", "server", "kitchen", "a.pub").code == 130
+    assert states(fedface) == {None: "never connected"}
+    assert f"its node is {2**63}" in fedface("register", "server", "kitchen", "a.pub").out
+    assert states(fedface) == {"kitchen": "never connected"}
+    assert [path.name for path in (server / "devices").iterdir()] == ["kitchen.json"]

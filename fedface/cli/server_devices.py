@@ -80,11 +80,13 @@ def register_device(folder: Path, name: str, public_key: str) -> int:
                 raise FederationError(f"this key is that of device {device.name}")
             elif state is not None:
                 return int(device.node)
-        node = _register(folder, key)
+        attempt = (folder / FOLDER / f"{name}.pub").resolve()
+        node = _register(folder, key, attempt)
         device = RegisteredDevice(
             name=name, public_key=key, node=node, registered=datetime.now(UTC).isoformat(timespec="seconds")
         )
         replace_text(folder / FOLDER / f"{name}.json", dumps(device))
+        attempt.unlink()
     return int(node)
 
 
@@ -151,19 +153,40 @@ def server_revoke(folder: Path, name: str) -> None:
     )
 
 
-def _register(folder: Path, key: str) -> str:
-    file = folder.resolve() / FOLDER / "new.pub"  # one at a time; Flower reads keys from files
-    replace_text(file, key)
+def _register(folder: Path, key: str, file: Path) -> str:
+    """Register a key in Flower, and return its node's id.
+
+    Args:
+        file: The key is in it until the device's own file is written. If it is there from before, an earlier attempt
+            was killed, and may have registered the key.
+    """
+    earlier = file.stat().st_mtime if file.exists() and file.read_text(encoding="utf-8") == key else None
+    if earlier is None:
+        replace_text(file, key)  # Flower reads keys from files
     try:
         return str(flower(folder, "supernode", "register", str(file))["node-id"])
     except FederationError as error:
         if "already in use" not in str(error):
             raise
+        if earlier is not None and (node := _unnamed_since(folder, earlier)) is not None:
+            return node
+        file.unlink()
         raise FederationError(
             "Flower knows this key already: it was revoked, or registered by hand; the device needs a new key"
         ) from error
-    finally:
-        file.unlink()
+
+
+def _unnamed_since(folder: Path, earlier: float) -> str | None:
+    """The only node without a device file that was registered since a time (Unix seconds); None: there are others."""
+    named = {device.node for device in read_devices(folder)}
+    found = [
+        number
+        for number, node in _nodes(folder).items()
+        if number not in named
+        and node["status"] != REVOKED
+        and datetime.fromisoformat(node["created-at"]).timestamp() >= int(earlier)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _nodes(folder: Path) -> dict[str, dict[str, Any]]:

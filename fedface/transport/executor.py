@@ -91,7 +91,7 @@ def received_or_dropped(receive: Callable[..., int | None]) -> Callable[..., int
     """Flower's function that receives one message of the server, which then drops one whose run ends meanwhile.
 
     A SuperNode sends one answer after each message that it received. Of such a message Flower 1.41 and 1.42 keep the
-    task and do not count it as received, because the end of a run is not an `Exception` there; from the answer to it on,
+    task and do not count it as received, because the end of a run is not an `Exception` there; from its answer on,
     each answer would wait for the next message.
     """
 
