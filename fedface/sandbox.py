@@ -75,9 +75,10 @@ def restrict(*, read: Iterable[Path], write: Iterable[Path], connect: Iterable[i
     return Restrictions(enforced=tuple(done), missing=tuple(each for each in requested if each not in done))
 
 
-def end_with_parent(ending: signal.Signals = signal.SIGTERM) -> None:
-    """End this process, by a signal, when the process that started it ends; on Linux alone."""
+def end_with_parent(*, at_once: bool = False) -> None:
+    """End this process when the process that started it ends, `at_once` even if it is stopped; on Linux alone."""
     if sys.platform == "linux":
+        ending = signal.SIGKILL if at_once else signal.SIGTERM
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ending, 0, 0, 0)
 
 

@@ -34,6 +34,7 @@ from fedface.transport.executor import answer_task, installed_app
 WARM_SECONDS = 600.0  # how long a worker waits for the next task: the time between the rounds of a run
 CHECK_SECONDS = 1.0  # between checks of the owner's conditions
 MIN_STOP_SECONDS = 10.0  # a load near its limit must not stop and continue the worker every second
+END_SECONDS = 5.0  # for a process that has closed its connection to end, and to have an exit code
 LEDGER_SECONDS = 1.0  # to wait for the end of a transaction; one that prices a run can take longer
 
 
@@ -103,6 +104,7 @@ class WorkerProcess:
                     self._stop(why)
         except (EOFError, OSError) as error:
             process = self._process
+            process.join(END_SECONDS)
             self._end()
             raise FederationError(
                 f"the process that answers tasks ended with exit code {process.exitcode}"
@@ -162,7 +164,7 @@ def log_to_stderr() -> None:
 
 def _work(tasks: Connection, stopped_seconds: Any, address: str, device_file: Path) -> None:
     """The process: answer the task of each token, after the conditions for it, until no more can come."""
-    end_with_parent(signal.SIGKILL)
+    end_with_parent(at_once=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
