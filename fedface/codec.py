@@ -43,10 +43,10 @@ class Unquoted(str):
         """As a boolean or a finite number if it looks like one; 8e-4 is a number."""
         if self.lower() in ("true", "yes", "on", "false", "no", "off"):
             return self.lower() in ("true", "yes", "on")
-        if re.fullmatch(r"[-+]?[0-9][0-9_]{0,40}", self):
+        if re.fullmatch(r"[-+]?[0-9](_?[0-9]){0,40}", self):
             return int(self)
         try:
-            number = float(self.replace("_", ""))
+            number = float(self)
         except ValueError:
             return str(self)
         return number if math.isfinite(number) else str(self)

@@ -122,7 +122,21 @@ def test_an_empty_argument_is_no_path(fedface, tmp_path: Path) -> None:  # type:
 
 
 @pytest.mark.parametrize(
-    "scalar", ["2027-02-30", "0x_", "0b_", "9" * 5000, "1:99999", '"\\ud800"', "!!float ''", "="]
+    "scalar",
+    [
+        "2027-02-30",
+        "0x_",
+        "0b_",
+        "1_",
+        "1__2",
+        "+_1",
+        "1_.5",
+        "9" * 5000,
+        "1:99999",
+        '"\\ud800"',
+        "!!float ''",
+        "=",
+    ],
 )
 def test_impossible_scalars_are_said_with_their_line(fedface, tmp_path: Path, scalar: str) -> None:  # type: ignore[no-untyped-def]
     """In numbers, dates, texts, keys and lists."""
