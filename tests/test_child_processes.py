@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedface.cli.child_processes import started
+from fedface.cli.child_processes import started, started_function
 from fedface.errors import FederationError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,27 @@ def test_a_program_runs_once_for_its_log_and_ends_with_the_block(tmp_path: Path)
     assert not child.running
     with started(SLEEPER, log) as again:
         assert again.running
+
+
+def sleeper() -> None:
+    """A function that prints and stays."""
+    print("here", flush=True)
+    os.write(1, b"here too")
+    time.sleep(600)
+
+
+def test_a_function_runs_once_for_its_log_and_ends_with_the_block(tmp_path: Path) -> None:
+    """In a process of its own, whose output goes to the log."""
+    log = tmp_path / "log"
+    log.write_text("of an earlier start")
+    with started_function(sleeper, log=log, name="sleeper") as child:
+        child.wait_until(lambda: "here too" in child.output(), seconds=30)
+        assert "earlier" not in child.output()
+        with pytest.raises(FederationError, match="sleeper is running already"):
+            with started_function(sleeper, log=log, name="sleeper"):
+                pass
+        assert child.running
+    assert not child.running
 
 
 def test_a_program_that_ends_is_reported_with_its_words(tmp_path: Path) -> None:
@@ -53,7 +74,7 @@ def test_a_program_ends_when_its_command_is_killed(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from fedface.cli.child_processes import started
+from fedface.cli.child_processes import started, started_function
 with started({SLEEPER!r}, Path("log")) as child:
     print(child._process.pid, flush=True)
     time.sleep(600)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -379,6 +380,53 @@ def test_a_message_whose_run_ends_while_it_arrives_leaves_no_task(
         )  # fmt: skip
         assert len(node.state.get_tasks(run_ids=[run_id], statuses=[Status.PENDING])) == tasks
         assert len(node.state.get_messages_legacy(run_ids=[run_id], is_reply=False)) == 1 + tasks
+
+
+def test_a_task_stays_claimed_while_its_worker_is_stopped(
+    node: Node, request_to_train: RecordDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heartbeats are those of the process that waits."""
+    beats = threading.Event()
+    acknowledge = type(node.state).acknowledge_task_heartbeat
+
+    def counted(self: object, task: int) -> bool:
+        beats.set()
+        return bool(acknowledge(self, task))
+
+    class Stopped(Here):
+        def answer(self, token: str) -> str:
+            return f"a heartbeat: {beats.wait(30)}"
+
+    monkeypatch.setattr(type(node.state), "acknowledge_task_heartbeat", counted)
+    node.add_task(message_of(request_to_train, 50), tmp_path / "marker")
+    said: list[str] = []
+    assert Executor(node.address, SECRET, Stopped(node, lambda *_: None)).answer_one(said.append)  # type: ignore[arg-type, return-value]
+    assert said == ["a heartbeat: True"]
+
+
+def test_the_server_hears_of_a_worker_that_was_killed(
+    node: Node, request_to_train: RecordDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The SuperNode itself sends an error once the heartbeats have stopped, here a minute later at once."""
+
+    class Killed(Here):
+        def answer(self, token: str) -> str:
+            pull_task_input(
+                RuntimeHttpClient.from_server_address(
+                    node.address, True, None, [RuntimeTokenHttpInterceptor(token)]
+                )
+            )
+            raise FederationError("the process that answers tasks ended with exit code -9")
+
+    while Executor(node.address, SECRET, Here(node, lambda *_: None)).answer_one(lambda text: None):  # type: ignore[arg-type, return-value]
+        pass  # of the tests above
+    task = node.add_task(message_of(request_to_train, 60), tmp_path / "marker")
+    assert Executor(node.address, SECRET, Killed(node, lambda *_: None)).answer_one(lambda text: None)  # type: ignore[arg-type, return-value]
+    assert "ended with exit code -9" in caplog.text and node.reply(60) is None
+    node.state.task_token_store[task].active_until -= timedelta(minutes=2)
+    assert node.status(task)[0] == Status.FINISHED
+    reply = node.reply(60)
+    assert reply is not None and reply.has_error()
 
 
 def test_another_version_of_flower_is_refused(

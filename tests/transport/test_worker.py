@@ -133,6 +133,31 @@ def test_no_process_stays_behind(process: WorkerProcess) -> None:
     assert not psutil.pid_exists(number)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_a_stopped_process_ends_when_its_device_is_killed(tmp_path: Path) -> None:
+    """No process would continue it."""
+    script = """
+import time
+from pathlib import Path
+from fedface.transport.worker import WorkerProcess
+worker = WorkerProcess("", Path("device.yaml"), ledger=Path("none"), paused=Path("none"), report=print)
+worker.start()
+print(worker._process.pid, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    number = int(parent.stdout.readline())
+    time.sleep(0.5)
+    os.kill(number, signal.SIGSTOP)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE)
+
+
 def test_other_programs_go_first(process: WorkerProcess) -> None:
     """A person at the machine does not notice that it works."""
     assert psutil.Process(answer(process)).nice() >= min(psutil.Process().nice() + 10, 19)
