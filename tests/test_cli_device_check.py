@@ -78,7 +78,7 @@ def test_a_device_that_works_is_said_so(fedface, device: Path) -> None:  # type:
     before = sorted(device.parent.rglob("*"))
     result = fedface("check", device)
     assert result.code == 0, result.out
-    assert "proves itself by ca.crt; this device's clock is " in line(result, "server")
+    assert "proves itself by ca.crt; this device's clock agrees" in line(result, "server")
     assert "accepts this device's key" in line(result, "key")
     assert "no face is indexed yet" in line(result, "photos")
     assert "the run tiny fits the policy" in line(result, "policy")

@@ -64,10 +64,11 @@ def _server(path: Path, state: DeviceState) -> str:
     config = state.config
     check_files(path, config.certificate, config.node_key)
     ahead = check_server(path, config.server, config.certificate)
-    side = "ahead of" if ahead > 0 else "behind"
+    clock = "agrees with its clock"
+    if abs(ahead) >= 2:  # the server gives its time in whole seconds
+        clock = f"is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} its clock"
     return (
-        f"{config.server} answers and proves itself by {config.certificate.name}; this device's clock is "
-        f"{abs(ahead):.0f} s {side} its clock"
+        f"{config.server} answers and proves itself by {config.certificate.name}; this device's clock {clock}"
     )
 
 

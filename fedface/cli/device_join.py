@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 DEVICE_FILE, CERTIFICATE, NODE_KEY, STATE = "device.yaml", "ca.crt", "node", "state"
 DELTA = 1e-6  # of a new device, unless the plan needs a smaller one
+LEAST_COHORT = 2  # of a run whose sums are not encrypted: its plan states no least number
 ANY_TIME = "any"
 
 
@@ -231,7 +232,7 @@ def _least_policy(plan: RunPlan) -> DevicePolicy:
     rate = min(part.schedule.sampling_rate for part in releases.parts)
     delta, unit = min(DELTA, float(f"{rate / LEAST_RATE:.0e}")), releases.unit
     sums = [part.aggregation for part in plan.parts]
-    fewest = [each.min_devices for each in sums if isinstance(each, HomomorphicConfig)]
+    fewest = [each.min_devices if isinstance(each, HomomorphicConfig) else LEAST_COHORT for each in sums]
     events = [(plan_event(plan, unit), 1), (releases.parts[0].event(1), 1)]
     return DevicePolicy(
         max_epsilon=math.ceil(10 * filter_epsilon(events, delta)) / 10,
@@ -240,7 +241,7 @@ def _least_policy(plan: RunPlan) -> DevicePolicy:
         objectives=() if plan.training is None else (plan.training.training.objective,),
         evaluation=plan.evaluation is not None,
         protocols=tuple(dict.fromkeys(each.kind for each in sums)),
-        min_cohort_size=max([2, *fewest]),
+        min_cohort_size=min(fewest),
         trust_server=releases.parts[0].noise_at == "server",
     )
 

@@ -125,8 +125,8 @@ def _state(status: DeviceStatus, device: Path) -> str:
     paused = f"paused; `fedface device resume {device}` goes on" if status.paused else ""
     if not status.running:
         return "; ".join(filter(None, (f"not running; `fedface device start {device}` starts it", paused)))
-    connection = f"connected to {status.server}" if status.connected else f"NOT connected to {status.server}"
-    return f"running, {connection}" + (f"; {paused}" if paused else ", waits for tasks")
+    running = f"running, {'connected' if status.connected else 'trying to connect'} to {status.server}"
+    return "; ".join(filter(None, (running, paused)))
 
 
 def _last(sent: Transmission | None) -> str:

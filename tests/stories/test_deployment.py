@@ -83,6 +83,7 @@ class Home:
         """Commands, or a file, with the port and the sizes of this test."""
         for old, new in {
             "fedface.example.org:8443": f"localhost:{self.entry}",
+            "fedface.example.org": "localhost",
             "server init": f"server init --listen 127.0.0.1 --port {self.entry} --superlink-port {self.port} "
             f"--enrolment-port {self.enrolment}",
             **SMALLER,
@@ -183,8 +184,29 @@ def listening(port: int) -> bool:
 
 def check_refused(device: Home) -> None:
     """A device whose key the server does not accept says so at its start."""
-    device.do("! " + command("clients", "5. Start").rstrip() + " 2> ~/refused")
+    device.do("! " + command("clients", "Start it by hand").rstrip() + " 2> ~/refused")
     assert "register this device's public key" in (device.folder / "refused").read_text()
+
+
+def join(server: Home, device: Home) -> None:
+    """By an invitation, which admits the run alone."""
+    invite = command("server", "4. The devices").replace("kitchen", device.folder.name)
+    (code,) = set(re.findall("FEDFACE1-[A-Z2-7]+", server.do(invite)))
+    device.do(command("clients", "2. Join").replace("FEDFACE1-...", f"{code} --yes --no-service"))
+
+
+def register(server: Home, device: Home) -> None:
+    """By files and a key that are exchanged by hand; without nginx nothing else reaches the server."""
+    device.do(command("clients", "Without an invitation"))
+    file, given = device.folder / "fedface" / "device.yaml", server.folder / "fedface-server"
+    text = device.changed(file.read_text()).replace("name: my-device", f"name: {device.folder.name}")
+    text = text.replace("evaluation: false", "evaluation: true")
+    file.write_text(text)
+    shutil.copy(given / "certificates/ca.crt", device.folder / "fedface")
+    check_refused(device)
+    shutil.copy(device.folder / "fedface/node.pub", server.folder / "device.pub")
+    registered = command("server", "A device without an invitation").replace("kitchen", device.folder.name)
+    server.do(f"cd {server.folder}\n{registered}")
 
 
 @pytest.mark.slow
@@ -201,24 +223,17 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
 
     for number, device in enumerate(devices):
         save_photos(device.folder / "Pictures", 8, [0.9, 0.5, 0.1][number], device.folder.name)
-        device.do(command("clients", "2. Your folder"))
+        (join if server.entry != server.port else register)(server, device)
         file = device.folder / "fedface" / "device.yaml"
-        text = device.changed(file.read_text()).replace("name: my-device", f"name: {device.folder.name}")
-        text = text.replace("# answer_seconds: 60", "answer_seconds: 5\nmax_photos: 10")
-        file.write_text(text.replace("evaluation: false", "evaluation: true"))
-        device.do(command("clients", "3. The node key"))
-        shutil.copy(server.folder / "fedface-server/certificates/ca.crt", device.folder / "fedface")
-        if number == 0:  # not registered yet
-            check_refused(device)
-        shutil.copy(device.folder / "fedface/node.pub", server.folder / "device.pub")
-        register = command("server", "4. The devices").replace("kitchen", device.folder.name)
-        server.do(f"cd {server.folder}\n{register}")
-        shutil.copy(server.folder / "fedface-server/family.yaml", device.folder / "fedface")
-    devices[0].do(command("clients", "4. The key for the sums"))
+        file.write_text(file.read_text().replace("# answer_seconds: 60", "answer_seconds: 5\nmax_photos: 10"))
+    keygen = command("clients", "3. The key for the sums")
+    if server.entry == server.port:
+        keygen = keygen.replace("--device ~/fedface/device.yaml", f"--experiment {family}")
+    devices[0].do(keygen)
     for device in devices[1:]:
-        (device.folder / "fedface/state").mkdir(mode=0o700, exist_ok=True)
         shutil.copy2(devices[0].folder / "fedface/state/sum.key", device.folder / "fedface/state/sum.key")
-    waiting = [device.start("exec " + command("clients", "5. Start"), "device") for device in devices]
+        assert "Everything works." in device.do("fedface device check ~/fedface/device.yaml")
+    waiting = [device.start("exec " + command("clients", "Start it by hand"), "device") for device in devices]
 
     # Somebody who has only ca.crt starts a run with their own code.
     hostile = server.folder / "hostile"
