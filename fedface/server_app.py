@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedface.atomic_io import locked_folder
 from fedface.coordinator.model_ranking import load_candidates, run_ranking
 from fedface.coordinator.run import initialize_run, run_experiment
-from fedface.experiment import RemoteDevices, devices_folder
+from fedface.experiment import Experiment, RemoteDevices, devices_folder
 from fedface.simulation.devices import prepare
 from fedface.transport.run_config import read_run_config
 from fedface.transport.run_progress import ReportedProgress
@@ -33,15 +33,10 @@ def server_app(home: Path) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         config = read_run_config(context.run_config, home)
         experiment, folder = config.experiment, config.folder
-        devices = experiment.devices
-        cohort = (
-            GridCohort(grid, come_within=60 * devices.wait_minutes, answer_within=60 * devices.answer_minutes)
-            if isinstance(devices, RemoteDevices)
-            else GridCohort(grid, come_within=60.0)
-        )
         models = load_candidates(config.candidates, experiment) if config.candidates else {}
         with locked_folder(folder, "ranking" if models else "run"):
             progress = ReportedProgress(folder)
+            cohort = _cohort(grid, experiment, progress)
             prepare(experiment, devices_folder(folder))
             if models:
                 run_ranking(experiment, models, cohort, folder, progress=progress, command=config.command)
@@ -53,6 +48,14 @@ def server_app(home: Path) -> ServerApp:
             progress.message(f"the report is {folder / 'report.html'}")
 
     return app
+
+
+def _cohort(grid: Grid, experiment: Experiment, progress: ReportedProgress) -> GridCohort:
+    devices = experiment.devices
+    if not isinstance(devices, RemoteDevices):
+        return GridCohort(grid, come_within=60.0)
+    seconds = 60 * devices.wait_minutes, 60 * devices.answer_minutes
+    return GridCohort(grid, come_within=seconds[0], answer_within=seconds[1], report=progress.message)
 
 
 app = server_app(Path("/"))  # for `fedface server run`, which names absolute paths

@@ -5,6 +5,7 @@ Numbers are Flower's, the run's own records, or words of the devices' refusals; 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -112,8 +113,15 @@ def _run_status(folder: Path, run: StartedRun, *, running: bool) -> RunStatus:
         round=last.get("round", 0),
         participants=tuple(last.get("participants", ())),
         refusals={each["device"]: each["reason"] for each in last.get("refusals", ())},
-        dropped={each["device"]: each["reason"] for each in last.get("dropped", ())},
+        dropped={_named(folder, each): each["reason"] for each in last.get("dropped", ())},
     )
+
+
+def _named(folder: Path, missing: dict[str, str]) -> str:
+    """The operator's name of a device that did not answer, by the node in the reason; otherwise its number."""
+    node = re.search(r"\(node (\d+)\)$", missing["reason"])
+    names = {device.node: device.name for device in read_devices(folder)}
+    return names.get(node[1], missing["device"]) if node else missing["device"]
 
 
 def _last_round(run: Path) -> dict[str, Any]:

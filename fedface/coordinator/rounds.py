@@ -99,6 +99,8 @@ def run_rounds(
         save_model(path, after)
         state = _with_metrics(state, experiment, reference, after)
         progress.message(_summary(record, total, with_metrics=plan.evaluation is not None))
+        for missing in (*record.refusals, *record.dropped):
+            progress.message(f"{missing.device} did not take part: {missing.reason}")
     return state
 
 

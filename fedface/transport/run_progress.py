@@ -9,9 +9,11 @@ from typing import ClassVar
 
 from fedface.atomic_io import replace_text
 from fedface.codec import dumps
+from fedface.text import sanitize_text
 
 MARK = "fedface: "  # begins our lines among those that Flower logs of a run
 FILE = "progress.json"
+LONGEST = 2000  # characters of a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +49,5 @@ class ReportedProgress:
         replace_text(self._file, dumps(progress))
 
     def message(self, sentence: str) -> None:
-        """One line."""
-        print(f"{MARK}{sentence}", flush=True)
+        """One line, whatever devices wrote into it."""
+        print(f"{MARK}{sanitize_text(sentence, LONGEST)}", flush=True)

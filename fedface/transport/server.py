@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
@@ -31,8 +31,19 @@ from fedface.transport.wire import DECRYPT, EVALUATE, MAX_REASON, TRAIN, from_re
 class GridCohort:
     """The devices of a Grid. They are numbered from 0 in the order in which they connected."""
 
-    def __init__(self, grid: Grid, *, come_within: float = 600.0, answer_within: float = 3600.0) -> None:
-        """Timeouts in seconds for devices to connect and for the replies of one round."""
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        come_within: float = 600.0,
+        answer_within: float = 3600.0,
+        report: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        """Timeouts in seconds for devices to connect and for the replies of one round.
+
+        `report` gets a sentence when devices are waited for.
+        """
+        self._report = report
         self._grid = grid
         self._come_within = come_within
         self._answer_within = answer_within
@@ -44,8 +55,11 @@ class GridCohort:
         Raises:
             FederationError: They did not connect in time.
         """
-        wait = _Wait(self._come_within)
+        wait, before = _Wait(self._come_within), -1
         while len(nodes := sorted(self._grid.get_node_ids())) < count:
+            if len(nodes) != before:
+                self._report(f"waiting for {count} devices; {len(nodes)} are connected")
+                before = len(nodes)
             if wait.over():
                 raise FederationError(
                     f"expected {count} devices, {len(nodes)} connected within {self._come_within:.0f} s; start the "
@@ -68,7 +82,7 @@ class GridCohort:
             if names:
                 waiting[names[0]] = number
             else:
-                answers[number] = Failure("the device is no longer connected")
+                answers[number] = Failure(f"the device is no longer connected (node {self._nodes[number]})")
         wait = _Wait(self._answer_within)
         while waiting:
             replies = list(self._grid.pull_messages(list(waiting)))
@@ -82,8 +96,10 @@ class GridCohort:
                 on_reply(number)
             if not replies and wait.over():
                 break
-        late = Failure(f"no answer within {self._answer_within:.0f} s")
-        return {number: answers.get(number, late) for number in members}
+        for number in waiting.values():
+            late = f"no answer within {self._answer_within:.0f} s (node {self._nodes[number]})"
+            answers[number] = Failure(late)
+        return {number: answers[number] for number in members}
 
 
 class _Wait:

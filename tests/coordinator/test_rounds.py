@@ -14,7 +14,7 @@ from tiny import NO_PRIVACY, TARGET, SilentProgress, started, tiny_experiment, t
 from fedface.aggregation.homomorphic import make_device, make_keys
 from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
-from fedface.coordinator.rounds import run_rounds
+from fedface.coordinator.rounds import ProgressListener, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.device.client import handle_task
@@ -79,13 +79,29 @@ class LocalCohort:
         return answers
 
 
-def rounds(experiment: Experiment, cohort: LocalCohort) -> RunState:
+class Heard(SilentProgress):
+    """Stores the messages of a run."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, sentence: str) -> None:
+        """One line."""
+        self.messages.append(sentence)
+
+
+def rounds(experiment: Experiment, cohort: LocalCohort, progress: ProgressListener | None = None) -> RunState:
     """All rounds that are not on disk yet."""
     faces = device_faces(experiment, 48, 16)
     assert faces is not None
     like = ReferenceSet(faces=faces, inputs=faces, downscale=experiment.upsampling.downscale)
     return run_rounds(
-        experiment, experiment.plan(), cohort, RunState.read(cohort.folder), like, SilentProgress()
+        experiment,
+        experiment.plan(),
+        cohort,
+        RunState.read(cohort.folder),
+        like,
+        progress or SilentProgress(),
     )
 
 
@@ -181,8 +197,10 @@ def test_a_faulty_device_is_named_and_the_round_continues_without_it(
         return spoilt(kind, reply) if member == 1 and isinstance(reply, TrainResult) else reply
 
     cohort = cohort_of(tmp_path, THREE, tamper)
-    (record,) = rounds(cohort.experiment, cohort).rounds
+    heard = Heard()
+    (record,) = rounds(cohort.experiment, cohort, heard).rounds
     assert record.participants == ("device-00", "device-02")
+    assert heard.messages[-1].startswith(f"{named} did not take part: ") and words in heard.messages[-1]
     away = record.refusals if kind == "refuses" else record.dropped
     assert len(record.refusals) + len(record.dropped) == 1
     assert away[0].device == named and words in away[0].reason

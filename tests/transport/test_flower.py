@@ -207,10 +207,10 @@ def test_every_member_has_an_entry_even_without_a_usable_reply() -> None:
     answers = cohort.ask(REVEAL, cohort.members(4), lambda number: None)
     reasons = [answer.reason for _, answer in sorted(answers.items()) if isinstance(answer, Failure)]
     words = (
-        "no longer connected",
+        "no longer connected (node -1)",
         "expected a DecryptResult, got a TrainResult",
         "expected the records",
-        "no answer within",
+        "no answer within 0 s (node 3)",
     )
     assert len(reasons) == 4
     assert all(word in reason for word, reason in zip(words, reasons, strict=True))
@@ -218,8 +218,11 @@ def test_every_member_has_an_entry_even_without_a_usable_reply() -> None:
 
 def test_too_few_devices_are_reported_with_both_numbers() -> None:
     """After the timeout."""
+    heard: list[str] = []
+    cohort = GridCohort(ScriptedGrid([1, 2], iter([])), come_within=0.1, report=heard.append)
     with pytest.raises(FederationError, match="expected 3 devices, 2 connected within"):
-        GridCohort(ScriptedGrid([1, 2], iter([])), come_within=0.1).members(3)
+        cohort.members(3)
+    assert heard == ["waiting for 3 devices; 2 are connected"]
 
 
 def test_a_device_keeps_its_number_while_others_come_and_go() -> None:
