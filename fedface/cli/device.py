@@ -19,7 +19,8 @@ ledger = typer.Typer(
     help="What a device has spent of its privacy budget.", no_args_is_help=True, rich_markup_mode=None
 )
 
-DeviceArgument = Annotated[Path, typer.Argument(help="The device file, such as device.yaml.")]
+DEVICE = Path("~/fedface/device.yaml")  # what `fedface device join` writes
+DeviceArgument = Annotated[Path, typer.Argument(help="The device file.", callback=Path.expanduser)]
 LedgerArgument = Annotated[Path, typer.Argument(help="A device file (.yaml), or a ledger.sqlite.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 DeltaOption = Annotated[
@@ -81,49 +82,49 @@ def keygen(
     device_keygen(out, device, experiment)
 
 
-@device.command("start", epilog=example("fedface device start ~/fedface/device.yaml"))
-def start(device: DeviceArgument) -> None:
+@device.command("start", epilog=example("fedface device start"))
+def start(device: DeviceArgument = DEVICE) -> None:
     """Connect a device to its server and answer its tasks until Ctrl-C, with installed code only."""
     from fedface.cli.device_start import device_start
 
     device_start(device)
 
 
-@device.command("status", epilog=example("fedface device status ~/fedface/device.yaml"))
-def status(device: DeviceArgument, json_out: JsonOption = False) -> None:
+@device.command("status", epilog=example("fedface device status"))
+def status(device: DeviceArgument = DEVICE, json_out: JsonOption = False) -> None:
     """Show whether a device runs and is connected, what is left of its budget, and what left last."""
     from fedface.cli.device_status import device_status
 
     device_status(device, json_out)
 
 
-@device.command("check", epilog=example("fedface device check ~/fedface/device.yaml"))
-def check(device: DeviceArgument) -> None:
+@device.command("check", epilog=example("fedface device check"))
+def check(device: DeviceArgument = DEVICE) -> None:
     """Check server, clock, registration, photos, policy, keys and disk; exit code 2 if something will not work."""
     from fedface.cli.device_check import device_check
 
     device_check(device)
 
 
-@device.command("pause", epilog=example("fedface device pause ~/fedface/device.yaml"))
-def pause(device: DeviceArgument) -> None:
+@device.command("pause", epilog=example("fedface device pause"))
+def pause(device: DeviceArgument = DEVICE) -> None:
     """Refuse every task from now on; a device that runs stays connected."""
     from fedface.cli.device_status import device_pause
 
     device_pause(device)
 
 
-@device.command("resume", epilog=example("fedface device resume ~/fedface/device.yaml"))
-def resume(device: DeviceArgument) -> None:
+@device.command("resume", epilog=example("fedface device resume"))
+def resume(device: DeviceArgument = DEVICE) -> None:
     """End a pause."""
     from fedface.cli.device_status import device_resume
 
     device_resume(device)
 
 
-@device.command("plans", epilog=example("fedface device plans ~/fedface/device.yaml"))
+@device.command("plans", epilog=example("fedface device plans"))
 def plans(
-    device: DeviceArgument,
+    device: DeviceArgument = DEVICE,
     remove: Annotated[
         str | None, typer.Option(help="Take back the admission of the plan whose hash begins like this.")
     ] = None,
@@ -147,16 +148,16 @@ def admit(
     device_admit(device, plan, yes)
 
 
-@device.command("service", epilog=example("fedface device service ~/fedface/device.yaml"))
-def service(device: DeviceArgument) -> None:
+@device.command("service", epilog=example("fedface device service"))
+def service(device: DeviceArgument = DEVICE) -> None:
     """Run a device now and at each login, by systemd, launchd or the Task Scheduler; replaces its older service."""
     from fedface.cli.device_service import device_service
 
     device_service(device)
 
 
-@device.command("uninstall", epilog=example("fedface device uninstall ~/fedface/device.yaml"))
-def uninstall(device: DeviceArgument) -> None:
+@device.command("uninstall", epilog=example("fedface device uninstall"))
+def uninstall(device: DeviceArgument = DEVICE) -> None:
     """Stop a device's service and remove it; ledger, keys and photos stay, and it says what else does."""
     from fedface.cli.device_service import device_uninstall
 
@@ -165,7 +166,7 @@ def uninstall(device: DeviceArgument) -> None:
 
 @device.command("log", epilog=example("fedface device log device.yaml --page log.html"))
 def log(
-    device: DeviceArgument,
+    device: DeviceArgument = DEVICE,
     run: Annotated[str | None, typer.Option(help="Only what this run received.")] = None,
     page: Annotated[
         Path | None,
@@ -181,8 +182,8 @@ def log(
 
 @device.command("withdraw", epilog=example("fedface device withdraw device.yaml --run family"))
 def withdraw(
-    device: DeviceArgument,
     run: Annotated[str, typer.Option(help="The run to leave, by its name in `fedface device log`.")],
+    device: DeviceArgument = DEVICE,
     reason: Annotated[str, typer.Option(help="Your reason; it stays on this device.")] = "",
     yes: YesOption = False,
 ) -> None:
@@ -194,7 +195,7 @@ def withdraw(
 
 @device.command("erase", epilog=example("fedface device erase device.yaml"))
 def erase(
-    device: DeviceArgument,
+    device: DeviceArgument = DEVICE,
     ledger: Annotated[
         bool,
         typer.Option("--ledger", help="Erase the ledger too: spent budget is no longer known afterwards."),

@@ -22,7 +22,7 @@ _NOT_COVERED = (
     "messages that a task failed: they contain the type of error and are not listed here",
     "facts about people in general, which can be learned from other people's photos, with or without yours",
     "photos that you shared in other ways",
-    "programs: the server may send code unless you forbid it (clients/README.md)",
+    "other programs on this device, which may read what you can read; no code of a server is executed here",
 )
 
 
