@@ -42,7 +42,7 @@ LINUX_FILE = ".config/systemd/user/fedface-kitchen.service"
 SYSTEMS = {
     "linux": (LINUX_FILE, "systemctl"),
     "darwin": ("Library/LaunchAgents/org.fedface.kitchen.plist", "launchctl"),
-    "win32": ("fedface/state/service.xml", "schtasks"),
+    "win32": ("fedface/state/fedface-kitchen.xml", "schtasks"),
 }
 
 
@@ -146,6 +146,20 @@ def test_a_service_is_installed_again_and_removed(  # type: ignore[no-untyped-de
     assert removed.code == 0 and "What stays: your photos" in removed.out and "revoke" in removed.out
     assert not (home / place).exists() and device.exists() and (home / "fedface" / "state").is_dir()
     assert "Kitchen has no service here" in fedface("uninstall", device).out
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_renamed_device_has_one_service(  # type: ignore[no-untyped-def]
+    fedface, home: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    """Under its first name, so that two never run and the one is removed."""
+    monkeypatch.setattr(sys, "platform", system)
+    device, place = home / "fedface" / "device.yaml", home / SYSTEMS[system][0]
+    fedface("service", device)
+    device.write_text(device.read_text().replace("Kitchen", "Parlour"))
+    fedface("service", device)
+    assert [file.name for file in place.parent.glob(f"*fedface*{place.suffix}")] == [place.name]
+    assert "Removed" in fedface("uninstall", device).out and not place.exists()
 
 
 def test_a_service_that_cannot_be_started_leaves_no_file(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ from fedface.cli.service_files import (
     systemd_unit,
     systemd_word,
 )
-from fedface.device.config import read_device_config
+from fedface.device.config import DeviceConfig, read_device_config
 from fedface.errors import ConfigError, FederationError
 
 SECONDS = 60.0  # for a command of the system
@@ -43,9 +43,9 @@ class Installation:
 
 
 def installation(device: Path, name: str, state: Path) -> Installation:
-    """For this system; `device` is the device file and `name` that of the device. Raises ConfigError."""
+    """For this system; `device` is the device file and `name` that of the service. Raises ConfigError."""
     service = Service(
-        name=service_name(name),
+        name=name,
         command=(sys.executable, "-m", "fedface.cli", "device", "start", str(device)),
         log=state / "service.log",
         environment={key: os.environ[key] for key in INHERITED if os.environ.get(key)},
@@ -53,7 +53,7 @@ def installation(device: Path, name: str, state: Path) -> Installation:
     if not all(word.isprintable() for word in service.command):
         raise ConfigError(f"{device}: its path has characters that no service can have; move the folder")
     if sys.platform == "win32":
-        file = state / "service.xml"  # the Task Scheduler has a copy of its own
+        file = state / f"{name}.xml"  # the Task Scheduler has a copy of its own
         task = ("/TN", f"fedface\\{service.name}")
         return Installation(
             file=file,
@@ -87,6 +87,15 @@ def installation(device: Path, name: str, state: Path) -> Installation:
     )
 
 
+def _service_of(device: Path, config: DeviceConfig) -> Installation:
+    """The service that a device has, also under an earlier name of the device, or would have."""
+    service = installation(device, service_name(config.name), config.state)
+    for file in service.file.parent.glob(f"*fedface[-.]*{service.file.suffix}"):
+        if has_mark(file, service.mark):
+            return installation(device, file.stem.removeprefix("org.").replace(".", "-", 1), config.state)
+    return service
+
+
 def install_service(device: Path) -> str:
     """Run a device now and at each login of its owner; returns a sentence.
 
@@ -95,8 +104,7 @@ def install_service(device: Path) -> str:
         FederationError: This system runs no services of users.
     """
     device = device.resolve()
-    config = read_device_config(device)
-    service = installation(device, config.name, config.state)
+    service = _service_of(device, read_device_config(device))
     service.file.parent.mkdir(parents=True, exist_ok=True)
     check_output(service.file, service.mark)
     if service.file.exists():
@@ -122,7 +130,7 @@ def device_uninstall(device: Path) -> None:
     """`fedface device uninstall`."""
     state = existing_device(device)
     device, config = device.resolve(), state.config
-    service = installation(device, config.name, config.state)
+    service = _service_of(device, config)
     if service.file.exists() and has_mark(service.file, service.mark):
         for failure in _run_all(service.off):
             say(cell(f"{failure}; its file is removed regardless"))

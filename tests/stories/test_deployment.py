@@ -210,7 +210,7 @@ def register(server: Home, device: Home) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(800)
+@pytest.mark.timeout(1500)
 def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[Home]) -> None:
     """Two rounds with TLS, node keys, encrypted sums and DP; each device records its releases."""
     server, *devices = homes
