@@ -11,7 +11,7 @@ from fedface.cli.options import JsonOption, example
 from fedface.privacy_units import UNITS
 
 device = typer.Typer(
-    help="For the owner of a device: key, start, log, withdrawal, erasure.",
+    help="For the owner of a device: join, watch, pause, leave.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -58,7 +58,7 @@ def join(
         bool, typer.Option("--no-service", help="Do not start the device now and at each login.")
     ] = False,
 ) -> None:
-    """Join a server by its invitation: shows the run and its privacy cost, asks you, and starts this device."""
+    """Join a server by its invitation. Shows the run and its privacy cost, asks you, and starts this device."""
     from fedface.cli.device_join import Answers, device_join
 
     answers = Answers(photos=photos, name=name, epsilon=epsilon, hours=hours, ask=not yes)
@@ -76,7 +76,7 @@ def keygen(
     ] = None,
     experiment: Annotated[Path | None, typer.Option(help="Or the experiment with encrypted sums.")] = None,
 ) -> None:
-    """Generate the secret key that the devices of a run share. Never give it to the server."""
+    """Generate the key of the devices of a run. Never give it to the server."""
     from fedface.cli.ledger import device_keygen
 
     device_keygen(out, device, experiment)
@@ -84,7 +84,7 @@ def keygen(
 
 @device.command("start", epilog=example("fedface device start"))
 def start(device: DeviceArgument = DEVICE) -> None:
-    """Connect a device to its server and answer its tasks until Ctrl-C, with installed code only."""
+    """Connect to the server and answer its tasks until Ctrl-C. With installed code only."""
     from fedface.cli.device_start import device_start
 
     device_start(device)
@@ -92,7 +92,7 @@ def start(device: DeviceArgument = DEVICE) -> None:
 
 @device.command("status", epilog=example("fedface device status"))
 def status(device: DeviceArgument = DEVICE, json_out: JsonOption = False) -> None:
-    """Show whether a device runs and is connected, what is left of its budget, and what left last."""
+    """Show the connection, the remaining budget, and what left last."""
     from fedface.cli.device_status import device_status
 
     device_status(device, json_out)
@@ -100,7 +100,7 @@ def status(device: DeviceArgument = DEVICE, json_out: JsonOption = False) -> Non
 
 @device.command("check", epilog=example("fedface device check"))
 def check(device: DeviceArgument = DEVICE) -> None:
-    """Check server, clock, registration, photos, policy, keys and disk; exit code 2 if something will not work."""
+    """Check what will work and what will not. Exit code 2 if something will not."""
     from fedface.cli.device_check import device_check
 
     device_check(device)
@@ -108,7 +108,7 @@ def check(device: DeviceArgument = DEVICE) -> None:
 
 @device.command("pause", epilog=example("fedface device pause"))
 def pause(device: DeviceArgument = DEVICE) -> None:
-    """Refuse every task from now on; a device that runs stays connected."""
+    """Refuse every task from now on. A device that runs stays connected."""
     from fedface.cli.device_status import device_pause
 
     device_pause(device)
@@ -130,7 +130,7 @@ def plans(
     ] = None,
     json_out: JsonOption = False,
 ) -> None:
-    """List the run plans that you admitted, what each costs, and whether its run fits the policy."""
+    """List the runs that you admitted. With their privacy cost, and whether each fits the policy."""
     from fedface.cli.device_plans import device_plans
 
     device_plans(device, remove, json_out)
@@ -142,7 +142,7 @@ def admit(
     plan: Annotated[str, typer.Argument(help="The hash of the run plan, from the server's operator.")],
     yes: YesOption = False,
 ) -> None:
-    """Fetch another run plan of the same server, show it with its privacy cost, and admit it."""
+    """Admit another run of the same server. Fetches its plan, shows it with its privacy cost, and asks."""
     from fedface.cli.device_plans import device_admit
 
     device_admit(device, plan, yes)
@@ -150,7 +150,7 @@ def admit(
 
 @device.command("service", epilog=example("fedface device service"))
 def service(device: DeviceArgument = DEVICE) -> None:
-    """Run a device now and at each login, by systemd, launchd or the Task Scheduler; replaces its older service."""
+    """Run this device now and at each login. By systemd, launchd or the Task Scheduler; replaces an older one."""
     from fedface.cli.device_service import device_service
 
     device_service(device)
@@ -158,7 +158,7 @@ def service(device: DeviceArgument = DEVICE) -> None:
 
 @device.command("uninstall", epilog=example("fedface device uninstall"))
 def uninstall(device: DeviceArgument = DEVICE) -> None:
-    """Stop a device's service and remove it; ledger, keys and photos stay, and it says what else does."""
+    """Stop and remove the service. Ledger, keys and photos stay, and it says what else does."""
     from fedface.cli.device_service import device_uninstall
 
     device_uninstall(device)
@@ -174,7 +174,7 @@ def log(
     ] = None,
     json_out: JsonOption = False,
 ) -> None:
-    """List everything that ever left a device: when, to whom, size, protection, privacy cost."""
+    """List everything that ever left. When, to whom, size, protection, privacy cost."""
     from fedface.cli.device_log import device_log
 
     device_log(device, run, page, json_out)
@@ -187,7 +187,7 @@ def withdraw(
     reason: Annotated[str, typer.Option(help="Your reason; it stays on this device.")] = "",
     yes: YesOption = False,
 ) -> None:
-    """Withdraw from a run for good: the device sends it nothing more, and the server is notified."""
+    """Withdraw from a run for good. The device sends it nothing more, and the server is notified."""
     from fedface.cli.device_log import device_withdraw
 
     device_withdraw(device, run, reason, yes)
@@ -206,7 +206,7 @@ def erase(
     no_export: Annotated[bool, typer.Option("--no-export", help="With --ledger: keep no copy.")] = False,
     yes: YesOption = False,
 ) -> None:
-    """Erase what this device stores: cached replies, key, index of photos. Photos are never touched."""
+    """Erase what this device stores. Cached replies, key, index of photos; photos are never touched."""
     from fedface.cli.device_log import device_erase
 
     device_erase(device, ledger, export_to, no_export, yes)
