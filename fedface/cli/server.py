@@ -160,7 +160,12 @@ def run(
 
 
 @server.command("stop", epilog=example("fedface server stop ~/fedface-server family"))
-def stop(folder: FolderArgument, run: RunArgument = None) -> None:
+def stop(
+    folder: FolderArgument,
+    run: Annotated[
+        str | None, typer.Argument(help="The run's name; default: the one that is going on.")
+    ] = None,
+) -> None:
     """Stop a run; `fedface server run` continues it."""
     from fedface.cli.server_run import server_stop
 

@@ -156,6 +156,11 @@ def finished(row: dict[str, Any]) -> bool:
     return str(row["status"]).startswith("finished")
 
 
+def failure_of(row: dict[str, Any]) -> str:
+    """Why a run of Flower failed, in one line."""
+    return one_line(str(row["status-details"])).removeprefix("ServerApp failed with exception: ")
+
+
 def _checked_experiment(request: RunRequest) -> Any:
     """The experiment with absolute paths, after checks of what would fail the run later. Raises FedfaceError."""
     from fedface.coordinator.model_ranking import load_candidates
@@ -251,7 +256,6 @@ def _ended(name: str, row: dict[str, Any]) -> int:
             say(f"run {name} was stopped; the same command continues it")
             return STOPPED
         case _:
-            reason = one_line(str(row["status-details"])).removeprefix("ServerApp failed with exception: ")
             raise FederationError(
-                f"run {name} failed: {reason}. Finished rounds are stored; the same command continues it"
+                f"run {name} failed: {failure_of(row)}. Finished rounds are stored; the same command continues it"
             )

@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedface.cli.console import cell, one_line, print_json, say
+from fedface.cli.console import cell, print_json, say
 from fedface.cli.server_certificates import read_certificate
 from fedface.cli.server_devices import device_rows, read_devices
 from fedface.cli.server_flower import is_running, read_ports
-from fedface.cli.server_run import StartedRun, finished, flower_run, started_runs
+from fedface.cli.server_run import StartedRun, failure_of, finished, flower_run, started_runs
 from fedface.codec import CodecError, load, read_json
 from fedface.errors import RunError
 from fedface.transport.run_progress import FILE, RunProgress
@@ -108,7 +108,7 @@ def _run_status(folder: Path, run: StartedRun, *, running: bool) -> RunStatus:
         name=run.name,
         folder=run.folder,
         state=state,
-        reason=one_line(str(row["status-details"])) if state == "failed" else "",
+        reason=failure_of(row) if state == "failed" else "",
         progress=load(RunProgress, place / FILE) if (place / FILE).exists() else None,
         round=last.get("round", 0),
         participants=tuple(last.get("participants", ())),
