@@ -145,11 +145,13 @@ def without_transactions(path: Path, seconds: float) -> Iterator[bool]:
     Yields:
         False if a process is still in one.
     """
-    if not path.is_file():
+    place = f"{path.absolute().as_uri()}?mode=rw"
+    try:
+        connection = sqlite3.connect(place, uri=True, timeout=seconds, isolation_level=None)
+    except sqlite3.Error:  # there is none, or it cannot be opened
         yield True
         return
-    place = f"{path.absolute().as_uri()}?mode=rw"
-    with closing(sqlite3.connect(place, uri=True, timeout=seconds, isolation_level=None)) as sql:
+    with closing(connection) as sql:
         try:
             sql.execute("BEGIN IMMEDIATE")
             free = True

@@ -102,7 +102,7 @@ class WorkerProcess:
                     held = self._conditions is not None
                 elif held:
                     self._stop(why)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, psutil.NoSuchProcess) as error:
             process = self._process
             process.join(END_SECONDS)
             self._end()
@@ -133,9 +133,10 @@ class WorkerProcess:
             if not free:
                 return
             process.suspend()
-            while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-                time.sleep(0.001)  # the signal has not arrived yet
-        began = time.monotonic()
+            began = time.monotonic()
+            # Until the signal has arrived, which waits for a disk that the process waits for.
+            while process.status() != psutil.STATUS_STOPPED and time.monotonic() - began < LEDGER_SECONDS:
+                time.sleep(0.001)
         self._report(f"stopped: {why}")
         while time.monotonic() - began < MIN_STOP_SECONDS or self._why_not() is not None:
             if not self._process.is_alive():
@@ -166,9 +167,7 @@ def _work(tasks: Connection, stopped_seconds: Any, address: str, device_file: Pa
     """The process: answer the task of each token, after the conditions for it, until no more can come."""
     end_with_parent(at_once=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the process that started this one, and ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process, which then ends this one
     lower_priority()
     log_to_stderr()
     installed = installed_app(device_file, lambda: float(stopped_seconds.value))

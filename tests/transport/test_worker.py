@@ -125,6 +125,21 @@ def test_a_process_that_ends_is_named_and_replaced(process: WorkerProcess) -> No
     assert answer(process) != killed
 
 
+def test_a_process_that_ends_as_it_is_stopped_is_named(
+    device: Device, process: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends between two looks at it."""
+
+    def gone(number: int) -> None:
+        raise psutil.NoSuchProcess(number)
+
+    process.start()
+    monkeypatch.setattr(worker.psutil, "Process", gone)
+    threading.Thread(target=lambda: wait_for(lambda: device.steps > 20) or device.paused.touch()).start()
+    with pytest.raises(FederationError, match="the process that answers tasks ended"):
+        process.answer("work")
+
+
 def test_no_process_stays_behind(process: WorkerProcess) -> None:
     """Not even one that is stopped."""
     number = answer(process)
