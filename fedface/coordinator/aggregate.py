@@ -15,6 +15,7 @@ import torch
 
 from fedface.aggregation.homomorphic import make_server
 from fedface.aggregation.payload import Aggregation, Payload, PlainConfig
+from fedface.aggregation.plain import PlainAggregation
 from fedface.errors import AggregationError, FederationError
 from fedface.experiment import Experiment
 from fedface.messages.cohort import Cohort
@@ -36,6 +37,8 @@ from fedface.reports.run_record import RefusalRecord
 from fedface.tensor_types import Vector
 
 Result = TrainResult | EvaluateResult
+
+LARGEST = 1e3  # public ranges; encrypted numbers are limited to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +165,24 @@ def _sort_replies(
                 dropped.append(RefusalRecord(device=name, reason=reason))
             case _:
                 dropped.append(RefusalRecord(device=name, reason="replied to another task"))
-    for member, reason in _under_another_key(usable).items():
+    for member, reason in (_repeated(usable) | _under_another_key(usable)).items():
         dropped.append(RefusalRecord(device=usable.pop(member)[0].device, reason=reason))
     return usable, refusals, dropped
+
+
+def _repeated(usable: Mapping[int, tuple[Result, Payload]]) -> dict[int, str]:
+    """Members that sent what another one of the same name sent, and the reason to report.
+
+    Two programs with one state folder send one stored reply: it is one update, and a sum of several must not count it
+    as two.
+    """
+    first: dict[tuple[str, bytes], int] = {}
+    reason = "another device of this name sent the same bytes: two programs use one state folder; stop one"
+    return {
+        member: reason
+        for member, (reply, _) in usable.items()
+        if first.setdefault((reply.device, reply.payload), member) != member
+    }
 
 
 def _under_another_key(usable: Mapping[int, tuple[Result, Payload]]) -> dict[int, str]:
@@ -188,6 +206,12 @@ def _checked(written: bytes, server: Aggregation, number: int, length: int) -> P
             f"{payload.round} with {payload.length}"
         )
     server.combine([payload])
+    if isinstance(server, PlainAggregation):
+        largest = float(server.reveal(payload).abs().max())
+        if largest > LARGEST:
+            raise AggregationError(
+                f"expected numbers of about one public range, {LARGEST:.0f} at most, got {largest:.3g}"
+            )
     return payload
 
 
@@ -197,12 +221,7 @@ def _decrypt(
 ) -> Vector:  # fmt: skip
     """The sum, read by the server if it was never encrypted, otherwise decrypted by the first device that can."""
     if isinstance(experiment.aggregation, PlainConfig):
-        plain = server.reveal(total)
-        if not bool(torch.isfinite(plain).all()):
-            raise FederationError(
-                f"round {task.round}: the sum of the replies is not finite; nothing was applied"
-            )
-        return plain
+        return server.reveal(total)
     decrypt = DecryptTask(
         sum_of="updates" if isinstance(task, TrainTask) else "metrics",
         run=task.run,

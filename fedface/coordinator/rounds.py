@@ -8,6 +8,7 @@ checkpoint is written last: if it exists, so does the record, and the round is o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -227,4 +228,7 @@ def _summary(record: RoundRecord, total: int, *, with_metrics: bool) -> str:
             f"epsilon so far at most {rounded_up(epsilon.upper)} "
             f"(delta {format_delta(epsilon.delta)}, per {epsilon.unit}{covers})"
         )
+    names = Counter(record.participants)
+    if shared := [name for name, count in names.items() if count > 1]:
+        parts.append(f"several devices are named {', '.join(shared)}: a withdrawal of one removes that name")
     return "; ".join([*parts, f"{record.seconds:.0f} s"])

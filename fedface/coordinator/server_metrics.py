@@ -31,6 +31,7 @@ from fedface.audits.gradient_inversion import (
     candidate_identification,
 )
 from fedface.audits.group_metrics import mean_interval
+from fedface.errors import WeightsError
 from fedface.experiment import AttackConfig, Experiment, UpsamplingConfig
 from fedface.measurements import Measurement, NotMeasured, rate_interval
 from fedface.models.checkpoint import weights_hash
@@ -67,10 +68,20 @@ class ReferenceSet:
         Args:
             count: How many; an upsampler gives at most one for each face of `inputs`.
             rng: For a generator's latents.
+
+        Raises:
+            WeightsError: They are not finite.
         """
         if model.is_upsampler:
-            return upsample_with(model, self.inputs[:count], self.downscale)
-        return model.generator.sample(count, rng)
+            images = upsample_with(model, self.inputs[:count], self.downscale)
+        else:
+            images = model.generator.sample(count, rng)
+        if not bool(torch.isfinite(images).all()):
+            raise WeightsError(
+                "the model generates pictures that are not finite: its training has diverged. No device is asked "
+                "again; start a new run with smaller learning rates"
+            )
+        return images
 
 
 def upsample_with(model: Model, faces: Images, downscale: Degradation) -> Images:

@@ -12,7 +12,9 @@ do the run's later replies.
 
 While the owner's conditions do not hold, the process is stopped (transport/worker.py). That time passes neither for the
 rehearsal nor for the work: the reply leaves later by as many slots as the device was stopped, which shows when the
-conditions held, and nothing of a photo.
+conditions held, and nothing of a photo. Time in which the machine sleeps does not pass either, except on Windows, and a
+clock that is set while a request is answered changes nothing: the reply then leaves between multiples of
+`answer_seconds`, which shows for how long the machine slept.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ class ReplyTime:
         """
         self._slot, self._stopped = answer_seconds, stopped
         self._announced = 1  # slots
-        self._start, self._stopped_before = time.time(), stopped()
+        # The clock as of the request, which goes on as if it were never set and stands still while the machine sleeps.
+        self._clock_ahead = time.time() - time.perf_counter()
+        self._start, self._stopped_before = self._now(), stopped()
 
     def timer(self) -> float:
         """Seconds of a clock that stands still while this process is stopped."""
@@ -75,7 +79,7 @@ class ReplyTime:
 
     def begin_work(self, seconds: float) -> None:
         """Work that takes `seconds` at most begins now; both are public."""
-        self._start, self._stopped_before = time.time(), self._stopped()
+        self._start, self._stopped_before = self._now(), self._stopped()
         if self._slot > 0:
             self._announced = max(1, math.ceil(seconds / self._slot))
 
@@ -89,18 +93,19 @@ class ReplyTime:
         while self._slot > 0:
             slots, stopped = self._slots(), self._stopped()
             later = math.ceil((stopped - self._stopped_before) / self._slot)
-            seconds = (self._first() + slots + later) * self._slot - time.time()
-            # No longer than that if the clock is set back meanwhile.
-            time.sleep(max(0.0, min(seconds, 2 * slots * self._slot)))
+            time.sleep(max(0.0, (self._first() + slots + later) * self._slot - self._now()))
             if self._stopped() == stopped:
                 return
+
+    def _now(self) -> float:
+        return time.perf_counter() + self._clock_ahead
 
     def _first(self) -> int:
         return math.ceil(self._start / self._slot)
 
     def _slots(self) -> int:
         """After how many slots in which this process ran the reply leaves: 1, 2, 4, ... times those announced."""
-        slots, now = self._announced, time.time() - (self._stopped() - self._stopped_before)
+        slots, now = self._announced, self._now() - (self._stopped() - self._stopped_before)
         while self._slot > 0 and (self._first() + slots) * self._slot < now:
             slots *= 2
         return slots

@@ -20,6 +20,7 @@ Schneier and Kelsey (1999), Secure audit logs to support computer forensics.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -375,6 +376,11 @@ class Chain:
                     raise
             except (sqlite3.Error, OSError) as error:
                 self._data_version = None
+                if _is_full(error):
+                    raise LedgerError(
+                        f"the ledger {self.path} cannot be written, because the disk is full ({error}); make room: "
+                        "nothing is sent until then"
+                    ) from error
                 raise LedgerError(f"the ledger {self.path} is damaged or locked: {error}") from error
 
     @contextmanager
@@ -457,6 +463,13 @@ class Chain:
             digest=self._records[-1].digest if self._records else GENESIS,
             witness=None if witness is None else str(witness.parent),
         )
+
+
+def _is_full(error: sqlite3.Error | OSError) -> bool:
+    """Whether a write failed for lack of space, on the disk of the chain or of its witness."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
 def _make_folder(folder: Path) -> None:

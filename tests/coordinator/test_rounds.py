@@ -18,7 +18,7 @@ from fedface.coordinator.rounds import ProgressListener, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.device.client import handle_task
-from fedface.errors import FederationError, RunError
+from fedface.errors import FederationError, RunError, WeightsError
 from fedface.experiment import Experiment, devices_folder
 from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.messages.cohort import OnReply
@@ -162,6 +162,8 @@ def spoilt(kind: str, reply: TrainResult) -> Reply | Failure:
             body = Payload.from_bytes(values)
             part = b"\x00\x00\xc0\x7f" + body.parts[0][4:]
             return replace(reply, payload=replace(body, parts=(part,)).to_bytes())
+        case "huge":
+            return replace(reply, payload=plain_bytes(torch.full_like(good, -1e30)))
         case "sum":
             pair = [Payload.from_bytes(reply.payload)] * 2
             return replace(reply, payload=PlainAggregation(max_devices=9).combine(pair).to_bytes())
@@ -182,6 +184,7 @@ def spoilt(kind: str, reply: TrainResult) -> Reply | Failure:
         ("shorter", "device-01", "weights, got 1 of round 1"),
         ("yesterday", "device-01", "of round 7"),
         ("nan", "device-01", "not finite"),
+        ("huge", "device-01", "1000 at most, got 1e+30"),
         ("sum", "device-01", "got 2 of round"),
         ("gone", "device 1", "no answer within"),
         ("refuses", "device-01", "not today"),
@@ -342,7 +345,7 @@ def test_a_sum_that_one_device_cannot_decrypt_is_decrypted_by_the_next(tmp_path:
 
 
 def test_updates_whose_sum_overflows_leave_no_broken_checkpoint(tmp_path: Path) -> None:
-    """Two times 3e38 is not a float32: nothing unreadable is written."""
+    """Two times 3e38 is not a float32: both devices are named, and nothing unreadable is written."""
 
     def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
         if not isinstance(reply, TrainResult):
@@ -350,9 +353,20 @@ def test_updates_whose_sum_overflows_leave_no_broken_checkpoint(tmp_path: Path) 
         return replace(reply, payload=plain_bytes(torch.full_like(update_of(reply), 3e38)))
 
     cohort = cohort_of(tmp_path, {}, tamper)
-    with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(FederationError, match="not finite"):
+    with pytest.raises(FederationError, match=r"device-00: expected .* got 3e\+38; device-01: expected"):
         rounds(cohort.experiment, cohort)
     assert not weights_path(cohort.folder, 1).exists()
+
+
+def test_a_model_without_finite_pictures_ends_a_run_with_a_sentence() -> None:
+    """Training that has diverged: no device spends more on it."""
+    gan = tiny_gan()
+    for module in gan.modules():
+        for weights in module.parameters():
+            weights.data.fill_(1e30)
+    faces = torch.rand(48, 3, 16, 16)
+    with pytest.raises(WeightsError, match="pictures that are not finite: its training has diverged"):
+        sample_metrics(gan, ReferenceSet(faces=faces, inputs=faces, downscale=Area(4)), 0)
 
 
 def test_a_damaged_or_missing_state_is_reported(tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self.now = 1_000.0
+        self.set_forward = 0.0
 
     def time(self) -> float:
-        return self.now
+        return self.now + self.set_forward
 
     def perf_counter(self) -> float:
         return self.now
@@ -168,6 +169,33 @@ def test_a_reply_is_later_by_the_slots_in_which_its_device_was_stopped(
     times = durations(device, task, clock)
     assert times[0] == expected[0] + 17 * 60.0  # 1000 s, in whole minutes
     assert times[1] == expected[1]
+
+
+@pytest.mark.parametrize("moment", ["work", "wait"], ids=["in the work", "while it waits"])
+@pytest.mark.parametrize("days", [400, 1, -400])
+def test_a_laptop_that_sleeps_and_a_clock_that_is_set_delay_no_reply(
+    device_of: Callable[[int], Device], task: TrainTask, clock: VirtualClock, moment: str, days: int
+) -> None:
+    """The time that neither the work nor the wait took is not doubled, and later rounds do not take as long."""
+    expected = durations(device_of(3), task, clock)
+    device, sleep = device_of(4), clock.sleep
+
+    def jump() -> None:
+        clock.set_forward = days * 86_400.0
+
+    def photos(size: int) -> DeviceDataset:
+        if moment == "work":
+            jump()
+        return device.photos(size)
+
+    def waiting(seconds: float) -> None:
+        if moment == "wait" and seconds > 10:
+            jump()
+        sleep(seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock, "sleep", waiting)
+        assert durations(replace(device, photos=photos), task, clock) == expected
 
 
 def test_a_failed_computation_leaves_when_any_other_does(
