@@ -169,7 +169,8 @@ class FlowRound:
             loss_over_draws,
             draw,
             public_scales(flow, config),
-            microbatch=min(_PHOTOS_AT_ONCE, max(1, _EVALUATIONS_AT_ONCE // config.noise_draws)),
+            microbatch=_PHOTOS_AT_ONCE if _PHOTOS_AT_ONCE * config.noise_draws <= _EVALUATIONS_AT_ONCE else 1,
+            recipe=(self.model.architecture, config),
         )
         dp_sgd_steps(problem, photos, self.dp, config, rng=rng, units=guaranteed_units(self.dp, units))
         return flatten_trainable(flow) - before

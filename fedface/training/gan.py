@@ -129,7 +129,7 @@ class GanRound:
         before = flatten_trainable(*model.modules())
         schedule, sampled = self.dp.schedule, SampledMechanism.of(self.dp, rng)
         latents = streams.generator("latents")
-        real = PerExampleProblem(discriminator, d_loss_real)
+        real = PerExampleProblem(discriminator, d_loss_real, recipe=(model.architecture, config))
         # The check needs two images and must not read private ones: generated ones have the right shape.
         check_per_example_gradients(real, _generate(generator, _draw(generator, 2, latents)))
         real = with_deterministic_microbatch(real, photos.shape[1:])

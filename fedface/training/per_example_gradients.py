@@ -18,7 +18,8 @@ where nothing can cancel, for the one outer product per photo of a fully connect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,13 @@ from torch.func import functional_call, grad, vmap
 from fedface.tensor_types import Images, StoredImages, Vector, in_floats
 from fedface.training.layer_gradients import LayerRecorder, RecordedLayer
 from fedface.training.unit_clipping import ClippedSumAccumulator, MicrobatchGradients, OuterProduct
+
+# The most numbers that one vector instruction computes (AVX-512). A tensor of so many photos has no rest for which
+# kernels use other instructions, which round differently.
+LANES = 16
+PUBLIC_WEIGHTS = 2  # random networks with which a microbatch is checked
+MAX_REMEMBERED = 64  # results of that check in a process
+_deterministic: dict[Hashable, bool] = {}
 
 Network = Callable[..., Tensor]
 # (network, photos (n, ...)) or (network, photos (n, ...), draws (n, ...)) -> one loss per photo, (n,)
@@ -46,6 +54,8 @@ class PerExampleProblem:
     draw: Draw | None = None  # the loss's own random draws, fresh for every microbatch; its third argument
     scales: Sequence[Tensor] | None = None  # public factors of the gradient, one tensor per trained parameter
     microbatch: int = 16  # how many photos are differentiated at once, >= 1
+    # What network, loss and draws follow from but for their weights: `with_deterministic_microbatch` remembers it
+    recipe: Hashable = None
 
     def __post_init__(self) -> None:
         if self.microbatch < 1:
@@ -164,17 +174,51 @@ def per_example_gradients(
 def with_deterministic_microbatch(problem: PerExampleProblem, shape: Sequence[int]) -> PerExampleProblem:
     """The problem, with a microbatch of 1 unless each photo's gradient is the same to the last bit anywhere in it.
 
-    Compares the gradients of public random images with those of the same images rotated by one place, and with
-    other images beside them.
+    Other numbers than multiples of `LANES` are not used. Compares the gradients of public random images with those of
+    the same images rotated by one place, and with other images beside them. How kernels round depends on shapes, but
+    a server's weights can hide it on any images that it knows, and show it on photos. So the gradients of copies with
+    public random weights are compared as well. A device uses one thread, which divides no tensor (transport/worker).
 
     Args:
         problem: As the steps will differentiate it.
         shape: Of one photo, (3, s, s).
     """
+    draws = None if problem.draw is None else problem.draw(problem.microbatch)
+    if problem.microbatch % LANES:
+        return replace(problem, microbatch=1)
+    case = (problem.recipe, problem.microbatch, tuple(shape), torch.get_num_threads())
+    same = None if problem.recipe is None else _deterministic.get(case)
+    if same is None:
+        copies = (_with_public_weights(problem, seed) for seed in range(PUBLIC_WEIGHTS))
+        same = all(_is_deterministic(each, shape, draws, zero_shows=False) for each in copies)
+        if len(_deterministic) >= MAX_REMEMBERED:
+            _deterministic.clear()
+        _deterministic[case] = same
+    same = same and _is_deterministic(problem, shape, draws, zero_shows=True)
+    return problem if same else replace(problem, microbatch=1)
+
+
+def _with_public_weights(problem: PerExampleProblem, seed: int) -> PerExampleProblem:
+    """The problem of a copy of the network with normal weights that keep the size of what passes a layer."""
+    network, rng = copy.deepcopy(problem.network), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            inputs = weight[0].numel() if weight.ndim > 1 else 4
+            weight.copy_(torch.randn(weight.shape, generator=rng) / max(1, inputs) ** 0.5)
+    return replace(problem, network=network)
+
+
+def _is_deterministic(
+    problem: PerExampleProblem, shape: Sequence[int], draws: Tensor | None, *, zero_shows: bool
+) -> bool:
+    """Whether the gradients of random images do not depend on their place, nor on the others.
+
+    Args:
+        zero_shows: Whether gradients that are all zero count as equal; otherwise they show nothing.
+    """
     microbatch = problem.microbatch
     rng = torch.Generator().manual_seed(0)
     images, others = torch.rand(2, microbatch, *shape, generator=rng)
-    draws = None if problem.draw is None else problem.draw(microbatch)
 
     def gradients(order: Tensor, images: Tensor) -> list[Tensor]:
         return per_example_gradients(problem, images[order], None if draws is None else draws[order])
@@ -186,7 +230,7 @@ def with_deterministic_microbatch(problem: PerExampleProblem, shape: Sequence[in
     beside = gradients(in_order, others)
     same = all(torch.equal(a[rotated], b) for a, b in zip(first, moved, strict=True))
     alone = all(torch.equal(a[0], b[0]) for a, b in zip(first, beside, strict=True))
-    return problem if same and alone else replace(problem, microbatch=1)
+    return same and alone and (zero_shows or any(bool(part.any()) for part in first))
 
 
 def differentiable_gradient(

@@ -155,7 +155,7 @@ class ClippedSumAccumulator:
         self._partial: list[Tensor] = []
 
     def add(self, gradients: MicrobatchGradients) -> None:
-        """Clip every row and add it."""
+        """Clip every row and add it; rows without a finite norm are set to zero."""
         rows = self._scaled(gradients.each)
         square = _squares(rows)
         fits = torch.ones(len(square), dtype=torch.bool)
@@ -167,15 +167,11 @@ class ClippedSumAccumulator:
         norm = square.sqrt()
         usable = (norm <= MAX_NORM) & fits  # False for NaN
         scale = torch.where(usable, (self._clip_norm / norm).clamp(max=1.0), 0.0).to(rows[0].dtype)
-        outers = [(outer, outer.output_gradient, outer.inputs) for outer in gradients.outers]
-        if not bool(usable.all()):
-            # 0 * inf is not 0: rows without a finite norm are left out, not multiplied by zero.
-            scale, rows = scale[usable], [row[usable] for row in rows]
-            outers = [(outer, out[usable], inputs[usable]) for outer, out, inputs in outers]
         for total, row in zip(self._totals, rows, strict=True):
             if row.shape[1:] == total.shape:
-                total += (scale[None] @ _flat(row)).view_as(total)
-        for outer, out, inputs in outers:
+                total += (scale[None] @ _flat(_zeroed(row, ~usable))).view_as(total)
+        for outer in gradients.outers:
+            out, inputs = (_zeroed(part, ~usable) for part in (outer.output_gradient, outer.inputs))
             self._totals[outer.weight] += (out * (scale * outer.factor)[:, None]).t() @ inputs
 
     def add_units(self, each: list[Tensor], units: Tensor) -> None:
@@ -207,6 +203,12 @@ class ClippedSumAccumulator:
         if self._scales is None:
             return rows
         return [row * scale for row, scale in zip(rows, self._scales, strict=True)]
+
+
+def _zeroed(rows: Tensor, where: Tensor) -> Tensor:
+    """The rows, set to zero where 0 * inf would not be: in place and always, so that nothing depends on a photo."""
+    own = rows.contiguous() if 0 in rows.stride() else rows
+    return own.masked_fill_(where.view(-1, *(1,) * (rows.ndim - 1)), 0.0)
 
 
 def _square(rows: Tensor) -> Tensor:

@@ -161,7 +161,10 @@ class UpsamplerRound:
         network = copy.deepcopy(self.model.upsampler)
         before = flatten_trainable(network)
         problem = PerExampleProblem(
-            network, self._loss(), microbatch=max(1, min(16, _MICROBATCH_VALUES // values))
+            network,
+            self._loss(),
+            microbatch=16 if 16 * values <= _MICROBATCH_VALUES else 1,
+            recipe=(self.model.architecture, config),
         )
         dp_sgd_steps(problem, photos, self.dp, config, rng=rng, units=guaranteed_units(self.dp, units))
         return flatten_trainable(network) - before

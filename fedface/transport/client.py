@@ -64,13 +64,17 @@ def _answer(
 
 
 @cache
-def flush_denormals() -> None:
-    """Let sums of tiny numbers take no longer than others, in every thread; call it before torch has computed anything.
+def prepare_torch() -> None:
+    """Let a photo's numbers show neither in time nor in rounding; call it before torch has computed anything.
+
+    Sums of tiny numbers take no longer than others, in every thread. Private steps use one thread: where a tensor is
+    divided among threads, kernels round differently (training/per_example_gradients.py).
 
     Raises:
         FederationError: Threads of torch had started before, which do not take it over, or this processor cannot do it.
     """
     possible = torch.set_flush_denormal(True)
+    torch.set_num_threads(1)
     if not possible or bool((torch.full((1 << 22,), 1e-39) * 0.5).count_nonzero()):
         raise FederationError(
             "tiny numbers take longer than others here, which would show in the time of replies"

@@ -173,9 +173,9 @@ def _work(tasks: Connection, stopped_seconds: Any, address: str, device_file: Pa
     installed = installed_app(device_file, lambda: float(stopped_seconds.value))
 
     def answer(*given: Any) -> Any:
-        from fedface.transport.client import flush_denormals  # noqa: PLC0415  as in installed_app
+        from fedface.transport.client import prepare_torch  # noqa: PLC0415  as in installed_app
 
-        flush_denormals()
+        prepare_torch()
         return installed(*given)
 
     try:

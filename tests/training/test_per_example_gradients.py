@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -414,6 +415,69 @@ def test_a_photos_gradient_is_bit_identical_in_any_microbatch(name: str) -> None
 
     problem = PerExampleProblem(case.module, case.loss, None if shape is None else draw, microbatch=16)
     assert with_deterministic_microbatch(problem, case.photos.shape[1:]) is problem
+
+
+@pytest.mark.parametrize(("given", "used"), [(16, 16), (32, 32), (12, 1), (8, 1), (1, 1)])
+def test_a_microbatch_leaves_no_rest_of_a_vector(given: int, used: int) -> None:
+    """Kernels compute the last numbers of another microbatch with other instructions, for some inputs differently."""
+    case = CASES["discriminator"]()
+    problem = PerExampleProblem(case.module, case.loss, microbatch=given)
+    assert with_deterministic_microbatch(problem, case.photos.shape[1:]).microbatch == used
+
+
+def hostile_flow(rounded_apart: float) -> RectifiedFlow:
+    """A flow that amplifies one rounding of SiLU into the gradient of bright photos alone.
+
+    The time branch computes SiLU of one number for each photo, at some places in vector code and at others not, and
+    multiplies the difference by 2^30; the last normalisation lets nothing pass on images that are not bright.
+    """
+    flow = RectifiedFlow(
+        FlowConfig(size=16, width=16, multipliers=(1.0,), time_width=2, steps=2),
+        torch.Generator().manual_seed(3),
+    )
+    unet, gain, step = flow.unet, 2.0**30, 10.0
+    with torch.no_grad():
+        for weight in flow.parameters():
+            weight.zero_()
+        unet.enter.bias[0], unet.enter.bias[1] = step, -step
+        unet.enter.weight[2] = 1.0 / unet.enter.weight[2].numel()
+        unet.time.second.bias.fill_(rounded_apart)
+        for block in (unet.middle, unet.down[0][0], unet.up[0][0]):
+            block.time.bias.fill_(-1000.0)
+        middle, value = unet.middle, float(functional.silu(torch.full((60, 2), rounded_apart))[0, 0])
+        for channel, sign in ((5, 1.0), (6, -1.0)):
+            middle.time.weight[16 + channel, 0] = sign * gain
+            middle.time.bias[16 + channel] = -sign * gain * value
+            middle.conv1.weight[2, channel, 1, 1] = -1.0
+        unet.norm.bias.fill_(-1000.0)
+        unet.norm.weight[2], unet.norm.bias[2] = 1e4, -0.65 * 2e4 / step * 7 / 8
+        unet.leave.weight[:, 2, 1, 1] = 1e-3
+    return flow
+
+
+def test_weights_cannot_hide_kernels_that_depend_on_the_place() -> None:
+    """On random images the hostile flow has no gradient at all, on bright photos one that depends on the place."""
+    numbers = torch.randn(4_000, generator=torch.Generator().manual_seed(1)).tolist()
+    places = (functional.silu(torch.full((60, 2), number)) for number in numbers)
+    apart = [number for number, place in zip(numbers, places, strict=True) if place[0, 0] != place[-1, 0]]
+    if not apart:
+        pytest.skip("this processor rounds SiLU in the same way everywhere")
+    rng = np.random.default_rng(1)
+    problem = PerExampleProblem(
+        hostile_flow(apart[0]),
+        loss_over_draws,
+        lambda count: times_and_noises(count, 5, 16, 1.0, rng),
+        microbatch=12,
+    )
+    bright = torch.full((12, 3, 16, 16), 247 / 255)
+    assert problem.draw is not None
+    draws = problem.draw(1).expand(12, -1, -1)
+    norms = torch.cat([part.flatten(1) for part in per_example_gradients(problem, bright, draws)], 1).norm(
+        dim=1
+    )
+    if float(norms.max()) < 100 * float(norms.min()):
+        pytest.skip("this processor's kernels do not depend on the place here")
+    assert with_deterministic_microbatch(problem, (3, 16, 16)).microbatch == 1
 
 
 class Amplifier(nn.Module):

@@ -7,11 +7,12 @@ import torch
 from pytest import approx
 from scipy import stats
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.dp_sgd import SampledMechanism, private_gradient, private_sum
-from fedface.training.per_example_gradients import PerExampleProblem, per_example_gradients
+from fedface.training.per_example_gradients import PerExampleProblem, clipped_unit_sum, per_example_gradients
 from fedface.training.unit_clipping import MAX_PHOTOS_PER_UNIT, sample_photos
 
 CLIP = 0.5
@@ -42,6 +43,36 @@ def slow_sum(module: nn.Module, pictures: Tensor, units: Tensor) -> list[Tensor]
         scale = min(1.0, CLIP / float(length))
         totals = [total + scale * part for total, part in zip(totals, summed, strict=True)]
     return totals
+
+
+class Operations(TorchDispatchMode):
+    """The operations of a computation, each with the shapes of its results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[str, tuple[torch.Size, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        found = result if isinstance(result, tuple | list) else (result,)
+        self.done.append((str(func), tuple(part.shape for part in found if isinstance(part, Tensor))))
+        return result
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("extreme", [1e30, float("inf"), float("nan"), 0.0])
+def test_work_and_memory_do_not_depend_on_the_gradient_of_a_photo(extreme: float, grouped: bool) -> None:
+    """One without a finite norm adds nothing, with the same operations on the same shapes as any other."""
+    logs = []
+    for value in (0.5, extreme):
+        pictures = photos(5)
+        pictures[3] = value
+        problem = PerExampleProblem(network(), loss, microbatch=4)
+        units = torch.tensor([0, 0, 1, 2, 2]) if grouped else None
+        with Operations() as operations:
+            clipped_unit_sum(problem, pictures, clip_norm=CLIP, units=units)
+        logs.append(operations.done)
+    assert logs[0] == logs[1] and len(logs[0]) > 100
 
 
 def one_step(units: Tensor, microbatch: int, pictures: Tensor) -> list[Tensor]:
