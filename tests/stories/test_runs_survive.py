@@ -54,6 +54,7 @@ from fedface.transport.wire import DEVICE_ERROR, from_record, to_record
 
 DELTA = 1e-3  # of the tiny experiment
 CHANGES = {
+    "privacy": "{kind: privacy-target, epsilon: 1, delta: 1e-3}",  # more noise is priced sooner
     "devices.photos_per_device": "6",
     "devices.light_fractions": "[0.9, 0.5, 0.1]",
     "training.expected_batch_size": "2",
@@ -207,6 +208,7 @@ def test_a_server_killed_between_replies_and_storing_gets_the_same_replies_again
     run.check_all_ledgers()
 
 
+@pytest.mark.usefixtures("quick_detection")
 def test_a_server_restarted_during_an_evaluation_gets_the_same_metrics_again(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
