@@ -87,7 +87,8 @@ def test_a_device_uses_all_that_the_base_installation_brings() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         base = tomllib.load(file)["project"]["dependencies"]
     used = set().union(*(foreign(TREES[module]) for module in reached([*DEVICE_ROOTS, *commands])))
-    brought = {distribution for name in used for distribution in packages_distributions().get(name, ())}
+    installed = packages_distributions()  # reads the metadata of every package
+    brought = {distribution for name in used for distribution in installed.get(name, ())}
     declared = {re.match(r"[\w-]+", line)[0] for line in base}  # type: ignore[index]
     normal = {name.lower().replace("_", "-") for name in brought}
     assert {
