@@ -87,7 +87,7 @@ def test_the_default_index_needs_a_home(monkeypatch: pytest.MonkeyPatch, tmp_pat
         default_cache(tmp_path)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_narrow_encodings_get_the_nearest_letters(tmp_path: Path, encoding: str) -> None:
     """A file's name, Monk's table and sizes with narrow spaces; no letter ends a command."""
     path = tmp_path / "n€é.yaml"

@@ -84,6 +84,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_functions_run_in_processes_that_are_not_forked(tmp_path: Path) -> None:
     """As on Windows, and without what it lacks: a program writes to its file, and a worker answers."""
     (tmp_path / "main.py").write_text(SPAWNED)

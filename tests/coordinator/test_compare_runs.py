@@ -46,6 +46,7 @@ def finished(home: Path) -> ComparisonRecord:
     return run(read_sweep(home / "tiny.yaml"), home / "out")
 
 
+@pytest.mark.slow
 def test_each_method_is_run_at_each_level_and_untrained(finished: ComparisonRecord) -> None:
     assert finished.methods() == ("full", "flow") and finished.levels() == (UNTRAINED, "8", NO_DP_LABEL)
     assert all(

@@ -172,7 +172,7 @@ def test_a_reply_is_later_by_the_slots_in_which_its_device_was_stopped(
 
 
 @pytest.mark.parametrize("moment", ["work", "wait"], ids=["in the work", "while it waits"])
-@pytest.mark.parametrize("days", [400, 1, -400])
+@pytest.mark.parametrize("days", [400, -400])
 def test_a_laptop_that_sleeps_and_a_clock_that_is_set_delay_no_reply(
     device_of: Callable[[int], Device], task: TrainTask, clock: VirtualClock, moment: str, days: int
 ) -> None:

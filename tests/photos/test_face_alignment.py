@@ -180,6 +180,7 @@ def test_the_two_detectors_agree_where_eyes_and_mouth_are(
     assert np.hypot(*(ours - theirs)[[0, 1, 3, 4]].T).max() < 0.15 * apart
 
 
+@pytest.mark.slow
 def test_the_network_finds_a_face_that_the_cheap_detector_misses(
     default: EmbeddedDetector, shared: Path
 ) -> None:

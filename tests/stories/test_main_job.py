@@ -97,6 +97,7 @@ def test_a_new_run_gets_a_new_folder(
     assert list(Path("runs/tiny").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_charts")
 def test_a_run_interrupted_while_measuring_only_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -365,6 +365,7 @@ def generated() -> Tensor:
     return load_flow().generator.sample(150, STREAMS.generator("samples"))
 
 
+@pytest.mark.slow
 def test_the_bundled_flow_generates_faces(generated: Tensor) -> None:
     """Closer to synthetic faces than blurred ones are, and than another tone distribution is."""
     real, again = synthetic_faces(150, 0.85, "real"), synthetic_faces(150, 0.85, "again")

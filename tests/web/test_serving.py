@@ -109,6 +109,7 @@ def check_end(started: subprocess.Popen[str]) -> None:
     assert rest.endswith("stopped; photos and generated faces were in memory only\n")
 
 
+@pytest.mark.slow
 def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_c() -> None:
     """It prints the address, answers there, and reports that it deleted everything."""
     with web_command() as (started, port):
