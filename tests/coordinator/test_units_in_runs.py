@@ -414,6 +414,7 @@ def test_a_device_that_withdraws_gets_no_tasks_and_its_name_is_deleted(tmp_path:
     assert len(Ledger.open(state / "ledger.sqlite").entries()) == 1
 
 
+@pytest.mark.slow
 def test_withdrawing_after_an_evaluation_reports_its_cost_without_the_name(tmp_path: Path) -> None:
     """The device answered one evaluation and no round."""
     overrides = {

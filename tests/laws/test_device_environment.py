@@ -10,6 +10,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 from test_doors import foreign
 from test_floors import DEVICE_ROOTS, TREES, reached
 from tiny import tiny_experiment, tiny_gan, train_task
@@ -49,6 +50,7 @@ policy: {max_epsilon: 20, delta: 1e-3, min_cohort_size: 2, protocols: [plain]}
 """
 
 
+@pytest.mark.slow
 def test_a_device_answers_a_task_without_the_optional_packages(tmp_path: Path) -> None:
     """The installed ClientApp is imported and trains, in a process that cannot import any of them."""
     (tmp_path / "device.yaml").write_text(DEVICE)

@@ -143,6 +143,7 @@ def test_encrypted_sums_give_the_same_model_up_to_quantisation(
     assert 0 < furthest(ours[:1], theirs[:1]) < step
 
 
+@pytest.mark.slow
 def test_ray_actors_give_the_same_model_as_this_process(
     plain: tuple[Experiment, Sequence[Vector]], tmp_path: Path
 ) -> None:

@@ -258,6 +258,7 @@ def test_a_zip_without_labels_is_explained(tmp_path: Path) -> None:
         labelled_sets(packed)
 
 
+@pytest.mark.slow
 def test_the_public_sets_are_read_with_their_undetected_faces_counted(shared: Path) -> None:
     faces = shared / "data" / "faces"
     known = {"fairface_eval128": (1400, 3), "fairface_train64": (4200, 21), "london256": (204, 0)}

@@ -134,6 +134,7 @@ def many(root: Path, count: int) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_an_interrupted_scan_of_many_files_resumes_in_bounded_memory(tmp_path: Path, cache: Path) -> None:
     """Three thousand files, stopped after a thousand. A list of them would take more than a megabyte."""
     root = many(tmp_path / "photos", 3000)

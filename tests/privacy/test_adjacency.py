@@ -88,6 +88,7 @@ def test_fixed_size_sampling_is_not_accounted_as_poisson_sampling() -> None:
         replace_one_event(step)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     sigma=st.floats(0.4, 5.0),

@@ -150,6 +150,7 @@ def _command(folder: Path, words: list[str]) -> None:
     cli.main()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_charts")
 def test_a_run_killed_in_the_middle_of_a_round_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

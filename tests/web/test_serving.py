@@ -148,6 +148,7 @@ class FindsNothing:
         return []
 
 
+@pytest.mark.slow
 def test_a_photo_without_a_face_tells_how_far_it_is_and_stops_when_it_is_left(run_page: Run) -> None:
     """Four rotations; once the page has gone, those that remain are skipped, so that the next photo need not wait."""
     slow = FindsNothing(0.5)
