@@ -10,17 +10,12 @@ import pytest
 import quick
 import torch
 
+from fedface.cli.server_certificates import make_certificates
+
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-@pytest.fixture(autouse=True)
-def subnormal_numbers() -> Iterator[None]:
-    """A device's process flushes them, also that of a test; the next test has them again."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +26,14 @@ def shared() -> Path:
             "needs the folder ../shared (real faces, photo files, reference vectors), which is absent here"
         )
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, and the certificate of a server on this machine."""
+    folder = tmp_path_factory.mktemp("certificates")
+    make_certificates(folder, ["localhost"])
+    return folder
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from fedface.aggregation.homomorphic import HomomorphicKeys
 from fedface.aggregation.payload import AggregationParameters, HomomorphicConfig
 from fedface.cli import device_check
 from fedface.cli.child_processes import started
-from fedface.cli.server_certificates import make_certificates
 from fedface.coordinator.requests import run_plan
 from fedface.errors import FederationError
 from fedface.messages.run_plan import SignedPlan
@@ -29,14 +28,6 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> SignedPlan:
     """Of a run with encrypted sums."""
     changes = {"aggregation.kind": "homomorphic"}
     return run_plan(tiny_experiment(tmp_path_factory.mktemp("recipe"), changes)).signed(OPERATOR)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, and the server's certificate."""
-    folder = tmp_path_factory.mktemp("certificates")
-    make_certificates(folder, ["localhost"])
-    return folder
 
 
 @pytest.fixture

@@ -39,14 +39,6 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
     return run_plan(tiny_experiment(tmp_path_factory.mktemp("recipe"), changes))
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, and the server's certificate."""
-    folder = tmp_path_factory.mktemp("certificates")
-    make_certificates(folder, ["localhost"])
-    return folder
-
-
 @pytest.fixture
 def server(certificates: Path, plan: RunPlan) -> Iterator[FakeServer]:
     """It runs until the end of the test."""

@@ -13,7 +13,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fake_server import OPERATOR, FakeServer, running
 from tiny import tiny_experiment, tiny_gan, train_task
 
-from fedface.cli.server_certificates import make_certificates
 from fedface.coordinator.requests import run_plan
 from fedface.device.client import handle_task
 from fedface.device.device import load_device
@@ -32,14 +31,6 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 def plan(experiment: Experiment) -> RunPlan:
     """Of that run."""
     return run_plan(experiment)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, and the server's certificate."""
-    folder = tmp_path_factory.mktemp("certificates")
-    make_certificates(folder, ["localhost"])
-    return folder
 
 
 @pytest.fixture

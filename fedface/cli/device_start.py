@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import signal
 import socket
@@ -30,6 +29,7 @@ from fedface.cli.console import say
 from fedface.errors import ConfigError, FederationError
 from fedface.platforms import PROCESSES
 from fedface.sandbox import restrict
+from fedface.text import host_and_port
 from fedface.transport.executor import SUPERNODE, Executor, run_supernode
 from fedface.transport.worker import WorkerProcess, log_to_stderr
 
@@ -160,16 +160,15 @@ def check_server(path: Path, server: str, certificate: Path) -> float:
         ConfigError: The address or the certificate is invalid.
         FederationError: The server cannot be reached, is another one, or would refuse this device's clock.
     """
-    found = re.fullmatch(r"\[?([^\s\[\]/]+)\]?:(\d{1,5})", server)
-    if found is None:
-        raise ConfigError(
-            f"{path}: server: expected HOST:PORT such as fedface.example.org:443, got {server!r}"
-        )
+    try:
+        host, port = host_and_port(server)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: server: {error}") from error
     try:
         trusted = ssl.create_default_context(cafile=str(certificate))
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(f"{path}: certificate: {certificate} is not a certificate in PEM format") from error
-    connection = HTTPSConnection(found[1], int(found[2]), context=trusted, timeout=REACH_SECONDS)
+    connection = HTTPSConnection(host, port, context=trusted, timeout=REACH_SECONDS)
     try:
         connection.request("GET", "/")
         date = connection.getresponse().getheader("Date")

@@ -126,7 +126,7 @@ def serve(folder: Path) -> None:
 
     ports, home = read_ports(folder), folder / FLWR_HOME
     (folder / DEVICES).mkdir(mode=0o700, exist_ok=True)
-    os.environ["TMPDIR"] = str(home)
+    os.environ["TMPDIR"] = str(home)  # of `flwr`, which may write nowhere else
     with ThreadingHTTPServer((LOOPBACK, ports.enrolment), Handler) as server:
         # Requests come from strangers: this process cannot read the keys of the authority and the operator.
         restrict(

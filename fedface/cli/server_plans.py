@@ -17,9 +17,9 @@ from fedface.cli.server_invites import INVITES, PLANS, InviteRecord, open_invite
 from fedface.codec import dumps
 from fedface.coordinator.requests import run_plan
 from fedface.errors import ConfigError
-from fedface.experiment import Experiment, RemoteDevices, read_experiment
+from fedface.experiment import RemoteDevices, read_experiment
 from fedface.messages.invite import Invite
-from fedface.messages.run_plan import SignedPlan
+from fedface.messages.run_plan import RunPlan, SignedPlan
 
 
 def publish(folder: Path, experiment: Path, changes: dict[str, str]) -> SignedPlan:
@@ -33,12 +33,12 @@ def publish(folder: Path, experiment: Path, changes: dict[str, str]) -> SignedPl
     recipe = read_experiment(experiment, changes=changes)
     if not isinstance(recipe.devices, RemoteDevices):
         raise ConfigError(f"{experiment}: devices: expected remote-devices, got {recipe.devices.kind}")
-    return publish_plan(folder, recipe)
+    return publish_plan(folder, run_plan(recipe))
 
 
-def publish_plan(folder: Path, recipe: Experiment) -> SignedPlan:
-    """As `publish`, of an experiment for remote devices; a plan that is published already stays as it is."""
-    signed = run_plan(recipe).signed(operator_key(folder))
+def publish_plan(folder: Path, plan: RunPlan) -> SignedPlan:
+    """Sign a plan, and store it where devices can fetch it; the same plan has the same file."""
+    signed = plan.signed(operator_key(folder))
     replace_bytes(folder / PLANS / f"{signed.hash}.plan", signed.to_bytes(), mode=0o644)
     return signed
 

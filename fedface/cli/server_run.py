@@ -86,7 +86,7 @@ def server_run(folder: Path, request: RunRequest) -> int:
     """
     from fedface.transport.run_config import run_config
 
-    recipe = _checked_experiment(request)
+    recipe, plan = _checked_experiment(request)
     config = run_config(recipe, request.runs, request.candidates)
     check_running(folder)
     name = config.folder.name
@@ -107,7 +107,7 @@ def server_run(folder: Path, request: RunRequest) -> int:
             if DEAD not in str(row["status-details"]):
                 return _ended(name, row)
         if not request.candidates:
-            _publish(folder, recipe)
+            _publish(folder, plan)
         number = _start(folder, request, recipe, config.folder)
         say(f"run {name} has begun; Ctrl-C leaves this display, not the run")
         return _ended(name, _follow(folder, number))
@@ -161,9 +161,14 @@ def failure_of(row: dict[str, Any]) -> str:
     return one_line(str(row["status-details"])).removeprefix("ServerApp failed with exception: ")
 
 
-def _checked_experiment(request: RunRequest) -> Any:
-    """The experiment with absolute paths, after checks of what would fail the run later. Raises FedfaceError."""
+def _checked_experiment(request: RunRequest) -> tuple[Any, Any]:
+    """The experiment with absolute paths and its run plan, after checks of what would fail the run later.
+
+    Raises:
+        FedfaceError: The experiment cannot run.
+    """
     from fedface.coordinator.model_ranking import load_candidates
+    from fedface.coordinator.requests import run_plan
     from fedface.device.config import check_kind
     from fedface.experiment import LabelledProbe, RemoteDevices, read_experiment
     from fedface.public_data.labelled_sets import find_labelled_set
@@ -179,19 +184,18 @@ def _checked_experiment(request: RunRequest) -> Any:
     if isinstance(recipe.probe, LabelledProbe):
         find_labelled_set(recipe.probe.folder, recipe.probe.set)
         recipe = replace(recipe, probe=replace(recipe.probe, folder=recipe.probe.folder.absolute()))
-    recipe.start()
-    recipe.plan()
+    plan = run_plan(recipe)
     if request.candidates:
         load_candidates(request.candidates, recipe)
-    return recipe
+    return recipe, plan
 
 
-def _publish(folder: Path, recipe: Any) -> None:
+def _publish(folder: Path, plan: Any) -> None:
     """Publish the run's plan, and warn if it is new: devices that joined by invitation answer only admitted plans."""
     from fedface.cli.server_plans import publish_plan
 
     published = {path.stem for path in (folder / PLANS).glob("*.plan")}
-    signed = publish_plan(folder, recipe)
+    signed = publish_plan(folder, plan)
     if signed.hash not in published:
         warn(
             "no invitation named this run's plan; devices that joined by invitation refuse it until their owners run "

@@ -191,9 +191,10 @@ def with_deterministic_microbatch(problem: PerExampleProblem, shape: Sequence[in
     if same is None:
         copies = (_with_public_weights(problem, seed) for seed in range(PUBLIC_WEIGHTS))
         same = all(_is_deterministic(each, shape, draws, zero_shows=False) for each in copies)
-        if len(_deterministic) >= MAX_REMEMBERED:
-            _deterministic.clear()
-        _deterministic[case] = same
+        if problem.recipe is not None:
+            if len(_deterministic) >= MAX_REMEMBERED:
+                _deterministic.clear()
+            _deterministic[case] = same
     same = same and _is_deterministic(problem, shape, draws, zero_shows=True)
     return problem if same else replace(problem, microbatch=1)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import re
 import ssl
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPSConnection
@@ -16,6 +15,7 @@ from http.client import HTTPException, HTTPSConnection
 from fedface.codec import CodecError, read_json
 from fedface.errors import ConfigError, FederationError
 from fedface.messages.run_plan import MAX_BYTES, SignedPlan
+from fedface.text import host_and_port
 
 TIMEOUT = 15.0  # seconds without a byte from the server
 MAX_ANSWER = MAX_BYTES + 1000
@@ -103,10 +103,7 @@ def _request(
     address: str, context: ssl.SSLContext, method: str, path: str, body: bytes | None = None
 ) -> tuple[int, bytes]:
     """The status and at most `MAX_ANSWER` bytes of an answer; redirections are not followed."""
-    found = re.fullmatch(r"\[?([^\s\[\]/]+)\]?:(\d{1,5})", address)
-    if found is None:
-        raise ConfigError(f"expected HOST:PORT such as fedface.example.org:8443, got {address!r:.100}")
-    connection = HTTPSConnection(found[1], int(found[2]), context=context, timeout=TIMEOUT)
+    connection = HTTPSConnection(*host_and_port(address), context=context, timeout=TIMEOUT)
     headers = {} if body is None else {"Content-Type": "application/json"}
     try:
         connection.request(method, path, body, headers)
