@@ -410,6 +410,11 @@ def devices_folder(run: Path) -> Path:
     return run.with_name(f"{run.name}.private")
 
 
+def ranking_name(experiment: Experiment) -> str:
+    """The name of the run that ranks models by an experiment."""
+    return f"{experiment.name}-ranking"
+
+
 def for_ranking(experiment: Experiment) -> Experiment:
     """The experiment with an evaluation of all photos, since nothing is trained.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,13 +15,15 @@ from command_line import Result, caller
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fake_programs import fake_programs
 from fake_server import OPERATOR, PUBLIC, TOKEN, FakeServer, running
-from tiny import tiny_experiment
+from tiny import tiny_experiment, tiny_gan
 
 from fedface.aggregation.homomorphic import HomomorphicKeys
 from fedface.cli.server_certificates import make_certificates, read_certificate
+from fedface.coordinator.model_ranking import ranking_plan
 from fedface.coordinator.requests import run_plan
 from fedface.device.config import DeviceConfig, read_device_config
 from fedface.device.device import admitted_plans
+from fedface.experiment import for_ranking
 from fedface.messages.invite import Invite
 from fedface.messages.run_plan import RunPlan
 from fedface.privacy.policy import DevicePolicy
@@ -344,6 +347,23 @@ def test_a_run_without_noise_is_not_joined(  # type: ignore[no-untyped-def]
     server.plan = plain.to_bytes()
     result = fedface("join", replace(invite, plan=bytes.fromhex(plain.hash)).code(), "--yes")
     assert result.code == 2 and "adds no noise" in result.err and server.enrolled == {}
+
+
+def test_a_device_can_join_for_a_ranking_of_models(  # type: ignore[no-untyped-def]
+    fedface, server: FakeServer, invite: Invite, home: Path, tmp_path: Path
+) -> None:
+    """Its owner sees how many models are measured and what that costs; nothing may be trained on these photos."""
+    recipe = for_ranking(tiny_experiment(tmp_path / "recipe"))
+    ranking = ranking_plan(recipe, [tiny_gan(), tiny_gan("other"), tiny_gan("third")]).signed(OPERATOR)
+    server.plan, code = ranking.to_bytes(), replace(invite, plan=bytes.fromhex(ranking.hash)).code()
+    joined = fedface("join", code, "--yes", "--no-service")
+    shown = " ".join(joined.out.split())
+    assert joined.code == 0 and "3 models are measured on your photos, to choose between them" in shown
+    assert "Privacy cost" in shown and "at delta 1e-6 per photo, for the whole run" in shown
+    policy = read_device_config(home / "fedface" / "device.yaml").policy
+    assert (policy.objectives, policy.evaluation) == ((), True)
+    (listed,) = json.loads(fedface("plans", "--json").out)
+    assert (listed["run"], listed["fits"]) == ("tiny-ranking", True)
 
 
 def test_only_an_owner_decides_to_trust_a_server_with_numbers_without_noise(  # type: ignore[no-untyped-def]

@@ -183,6 +183,8 @@ def test_a_ranking_gets_its_candidates(fedface: Callable, server: Path) -> None:
     Path("better.safetensors").hardlink_to("base.safetensors")
     done = fedface("run", "server", "tiny.yaml", "--rank", "base", "--rank", "better.safetensors")
     assert done.code == 0, done.err
+    (plan,) = (server / "public/plans").glob("*.plan")  # of the ranking: owners admit it like any other
+    assert plan.stem in done.err and '"training":null' in plan.read_text()
     sent = read_run_config(runs(server)[0]["app"]["config"], Path("/"))
     assert sent.candidates == ("base", str(server.parent / "better.safetensors"))
     assert sent.folder == server / "runs/tiny-ranking"

@@ -239,7 +239,7 @@ def _least_policy(plan: RunPlan) -> DevicePolicy:
         delta=delta,
         unit=unit,
         objectives=() if plan.training is None else (plan.training.training.objective,),
-        evaluation=plan.evaluation is not None,
+        evaluation=bool(plan.evaluations),
         protocols=tuple(dict.fromkeys(each.kind for each in sums)),
         min_cohort_size=min(fewest),
         trust_server=releases.parts[0].noise_at == "server",

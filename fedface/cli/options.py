@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,9 @@ PhotosOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key, such as privacy.epsilon=3; repeatable.")
+]
+RankOption = Annotated[
+    list[str] | None, typer.Option(help="Rank checkpoints, or `base`, instead of training; repeatable.")
 ]
 CheckpointOption = Annotated[
     Path | None, typer.Option(help="A checkpoint (.safetensors); default: the bundled one.")
@@ -83,3 +87,37 @@ def public_path(path: Path) -> str:
         if path.absolute().is_relative_to(Path.cwd())
         else path.name
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """The run that an operator names to `fedface server run`, `publish` and `invite`."""
+
+    experiment: Path
+    changes: dict[str, str]
+    candidates: tuple[str, ...]  # absolute paths, or "base"; empty: a run that trains
+    photos: Path | None = None
+
+
+def run_request(
+    experiment: Path, set: list[str] | None, rank: list[str] | None, photos: Path | None = None
+) -> RunRequest:
+    """The run of these options; Flower runs it in another folder, so paths become absolute."""
+    return RunRequest(
+        experiment=experiment,
+        changes=parse_changes(set),
+        candidates=tuple(
+            name if name == "base" else str(Path(name).expanduser().absolute()) for name in rank or ()
+        ),
+        photos=None if photos is None else photos.expanduser().absolute(),
+    )
+
+
+def shell_command(folder: Path, run: RunRequest) -> str:
+    """The shell command that repeats a run of a server, for its record."""
+    words = ["fedface", "server", "run", public_path(folder), public_path(run.experiment)]
+    for key, value in run.changes.items():
+        words += ["--set", f"{key}={public_path(Path(value)) if key == 'base' else value}"]
+    for candidate in run.candidates:
+        words += ["--rank", candidate if candidate == "base" else public_path(Path(candidate))]
+    return shlex.join(words)

@@ -37,7 +37,7 @@ def rank_models(
     from fedface.cli.tables import print_ranking
     from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
     from fedface.coordinator.run_folder import new_folder, resume_ranking
-    from fedface.experiment import devices_folder, for_ranking, read_experiment
+    from fedface.experiment import devices_folder, for_ranking, ranking_name, read_experiment
     from fedface.number_format import format_delta
     from fedface.privacy.privacy_target import PrivacyTarget
     from fedface.public_data.labelled_sets import check_simulated
@@ -56,7 +56,7 @@ def rank_models(
             f"{format_delta(recipe.privacy.delta)}, with noise multiplier {dp.noise_multiplier:.3g}"
         )
     torch.set_num_threads(1)
-    name = f"{recipe.name}-ranking"
+    name = ranking_name(recipe)
     folder = resume_ranking(name, out) if resume else new_folder(name, out)
     if not resume and (folder / "metrics.json").exists():
         raise RunError(f"{folder}: contains a ranking; continue it with --resume, or choose another folder")

@@ -34,13 +34,20 @@ def plan_table(plan: RunPlan, *, delta: float, unit: Unit) -> Table:
                 f"{number_format.counted(steps.steps_per_round, 'step')} on this device",
             )
         )
-    if plan.evaluation is None:
+    metrics = plan.releases.evaluation
+    if metrics is None:
         rows.append(("Evaluation", "none: no model is measured on your photos"))
-    else:
-        times = plan.evaluation.dp.schedule.rounds
+    elif plan.training is None:
         rows.append(
-            ("Evaluation", f"{number_format.counted(times, 'set')} of metrics of models on your photos")
+            (
+                "Ranking",
+                f"{number_format.counted(metrics.schedule.rounds, 'model')} are measured on your photos, to choose "
+                "between them; nothing is trained",
+            )
         )
+    else:
+        times = number_format.counted(metrics.schedule.rounds, "set")
+        rows.append(("Evaluation", f"{times} of metrics of models on your photos"))
     part = plan.parts[0]
     rows.append(("What leaves", f"{_noise(part.dp)}; {_protection(part.aggregation)}; no photo"))
     price = plan_price(plan, delta=delta, unit=unit)

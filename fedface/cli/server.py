@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.options import JsonOption, PhotosOption, SetOption, example, parse_changes
+from fedface.cli.options import JsonOption, PhotosOption, RankOption, SetOption, example, run_request
 
 server = typer.Typer(help="For the operator of a server.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -75,21 +75,24 @@ def invite(
     device: DeviceArgument,
     experiment: ExperimentArgument,
     set: SetOption = None,
+    rank: RankOption = None,
     days: Annotated[int, typer.Option(min=1, max=365, help="How long it is valid.")] = 7,
     qr: Annotated[bool, typer.Option(help="Also print it as a QR code.")] = True,
 ) -> None:
     """Print a code with which a device finds this server, trusts it, and enrols once."""
     from fedface.cli.server_plans import server_invite
 
-    server_invite(folder.expanduser(), device, experiment, parse_changes(set), days=days, qr=qr)
+    server_invite(folder.expanduser(), device, run_request(experiment, set, rank), days=days, qr=qr)
 
 
 @server.command("publish", epilog=example("fedface server publish ~/fedface-server family.yaml"))
-def publish(folder: FolderArgument, experiment: ExperimentArgument, set: SetOption = None) -> None:
+def publish(
+    folder: FolderArgument, experiment: ExperimentArgument, set: SetOption = None, rank: RankOption = None
+) -> None:
     """Sign the run plan of another experiment, for the owners of enrolled devices to admit."""
     from fedface.cli.server_plans import server_publish
 
-    server_publish(folder.expanduser(), experiment, parse_changes(set))
+    server_publish(folder.expanduser(), run_request(experiment, set, rank))
 
 
 @server.command("enrolment", hidden=True, epilog=example("fedface server enrolment ~/fedface-server"))
@@ -134,29 +137,18 @@ def run(
     experiment: Annotated[Path, typer.Argument(help="The experiment's YAML file, with remote-devices.")],
     photos: PhotosOption = None,
     runs: Annotated[Path | None, typer.Option(help="Folder of runs; default: runs in the server's.")] = None,
-    rank: Annotated[
-        list[str] | None,
-        typer.Option(help="Rank checkpoints, or `base`, instead of training; repeatable."),
-    ] = None,
+    rank: RankOption = None,
     set: SetOption = None,
 ) -> None:
     """Start or continue a run on the connected devices, and show it.
 
     Exit code 0: finished; 1: stopped; 2: failed, or an error; 3: you left the display.
     """
-    from fedface.cli.server_run import RunRequest, server_run
+    from fedface.cli.server_run import server_run
 
     folder = folder.expanduser()
-    request = RunRequest(
-        experiment=experiment,
-        changes=parse_changes(set),
-        photos=None if photos is None else photos.expanduser().absolute(),
-        runs=(runs or folder / "runs").expanduser().resolve(),
-        candidates=tuple(
-            name if name == "base" else str(Path(name).expanduser().absolute()) for name in rank or ()
-        ),
-    )
-    raise typer.Exit(server_run(folder, request))
+    place = (runs or folder / "runs").expanduser().resolve()
+    raise typer.Exit(server_run(folder, run_request(experiment, set, rank, photos), place))
 
 
 @server.command("stop", epilog=example("fedface server stop ~/fedface-server family"))

@@ -10,30 +10,49 @@ from cryptography.hazmat.primitives import hashes
 
 from fedface.atomic_io import replace_bytes, replace_text
 from fedface.cli.console import say
+from fedface.cli.options import RunRequest
 from fedface.cli.server_certificates import read_certificate
 from fedface.cli.server_devices import NAME, device_rows, read_devices
 from fedface.cli.server_flower import read_ports
 from fedface.cli.server_invites import INVITES, PLANS, InviteRecord, open_invites, operator_key
 from fedface.codec import dumps
+from fedface.coordinator.model_ranking import load_candidates, ranking_plan
 from fedface.coordinator.requests import run_plan
+from fedface.device.config import check_kind
 from fedface.errors import ConfigError
-from fedface.experiment import RemoteDevices, read_experiment
+from fedface.experiment import Experiment, RemoteDevices, for_ranking, read_experiment
 from fedface.messages.invite import Invite
 from fedface.messages.run_plan import RunPlan, SignedPlan
 
 
-def publish(folder: Path, experiment: Path, changes: dict[str, str]) -> SignedPlan:
-    """Sign the run plan of an experiment, and store it where devices can fetch it.
+def read_plan(run: RunRequest) -> tuple[Experiment, RunPlan]:
+    """The experiment of a run and the run's plan.
 
     Raises:
-        ConfigError: The folder is not a server's, or the experiment cannot be read or is not for remote devices.
-        PrivacyError: No amount of noise meets its privacy target.
+        ConfigError: The experiment cannot be read or is not for remote devices, or a candidate is invalid.
+        WeightsError: A model cannot be read.
+        PrivacyError: No amount of noise meets the privacy target.
+    """
+    check_kind(run.experiment, "experiment")
+    recipe = read_experiment(run.experiment, photos=run.photos, changes=run.changes)
+    if not isinstance(recipe.devices, RemoteDevices):
+        raise ConfigError(
+            f"{run.experiment}: devices: expected remote-devices; `fedface run` simulates others"
+        )
+    if not run.candidates:
+        return recipe, run_plan(recipe)
+    ranked = for_ranking(recipe)
+    return recipe, ranking_plan(ranked, list(load_candidates(run.candidates, ranked).values()))
+
+
+def publish(folder: Path, run: RunRequest) -> SignedPlan:
+    """Sign the plan of a run, and store it where devices can fetch it.
+
+    Raises:
+        FedfaceError: The folder is not a server's, or as for `read_plan`.
     """
     read_ports(folder)
-    recipe = read_experiment(experiment, changes=changes)
-    if not isinstance(recipe.devices, RemoteDevices):
-        raise ConfigError(f"{experiment}: devices: expected remote-devices, got {recipe.devices.kind}")
-    return publish_plan(folder, run_plan(recipe))
+    return publish_plan(folder, read_plan(run)[1])
 
 
 def publish_plan(folder: Path, plan: RunPlan) -> SignedPlan:
@@ -43,16 +62,14 @@ def publish_plan(folder: Path, plan: RunPlan) -> SignedPlan:
     return signed
 
 
-def server_publish(folder: Path, experiment: Path, changes: dict[str, str]) -> None:
+def server_publish(folder: Path, run: RunRequest) -> None:
     """Publish a plan, and say what owners do with its hash."""
-    signed = publish(folder, experiment, changes)
+    signed = publish(folder, run)
     say(f"published the run plan of {signed.plan.name}: {signed.hash}")
     say(f"give owners this hash; they admit it with: fedface device admit device.yaml {signed.hash}")
 
 
-def server_invite(
-    folder: Path, device: str, experiment: Path, changes: dict[str, str], *, days: int, qr: bool
-) -> None:
+def server_invite(folder: Path, device: str, run: RunRequest, *, days: int, qr: bool) -> None:
     """Invite one device: print a code that enrols it once.
 
     Raises:
@@ -63,7 +80,7 @@ def server_invite(
             f"device: expected a name of letters, digits, '-', '_' and '.', 80 at most, got {device!r:.90}"
         )
     _check_free(folder, device)
-    signed = publish(folder, experiment, changes)
+    signed = publish(folder, run)
     certificate = read_certificate(folder / "certificates/ca.crt")
     invite = Invite(
         address=read_ports(folder).address,

@@ -7,7 +7,6 @@ checkout is needed; devices use no bundle.
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,11 +16,11 @@ from typing import Any, ClassVar
 
 from fedface.atomic_io import replace_text
 from fedface.cli.console import one_line, say, warn
-from fedface.cli.options import public_path
+from fedface.cli.options import RunRequest, shell_command
 from fedface.cli.server_flower import FLWR_HOME, check_running, flower, log_lines
 from fedface.cli.server_invites import PLANS
 from fedface.codec import dumps, load
-from fedface.errors import ConfigError, FederationError, RunError
+from fedface.errors import FederationError, RunError
 
 STARTED = "started"  # in the server's folder: a file for each run
 STOPPED, LEFT = 1, 3  # exit codes
@@ -55,28 +54,13 @@ class StartedRun:
     started: str  # the latest start: ISO 8601, UTC
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRequest:
-    """The arguments of `fedface server run`."""
-
-    experiment: Path
-    changes: dict[str, str]
-    photos: Path | None
-    runs: Path
-    candidates: tuple[str, ...]  # empty: a run that trains
-
-    def command(self, folder: Path) -> str:
-        """The shell command that repeats it, for the run's record."""
-        words = ["fedface", "server", "run", public_path(folder), public_path(self.experiment)]
-        for key, value in self.changes.items():
-            words += ["--set", f"{key}={public_path(Path(value)) if key == 'base' else value}"]
-        for candidate in self.candidates:
-            words += ["--rank", candidate if candidate == "base" else public_path(Path(candidate))]
-        return shlex.join(words)
-
-
-def server_run(folder: Path, request: RunRequest) -> int:
+def server_run(folder: Path, request: RunRequest, runs: Path) -> int:
     """Start or continue a run, and show it until it ends.
+
+    Args:
+        folder: The server's.
+        request: Which run.
+        runs: The folder of runs.
 
     Returns:
         The exit code: 0, 1 if the operator stopped the run, 3 if the display was left.
@@ -87,7 +71,7 @@ def server_run(folder: Path, request: RunRequest) -> int:
     from fedface.transport.run_config import run_config
 
     recipe, plan = _checked_experiment(request)
-    config = run_config(recipe, request.runs, request.candidates)
+    config = run_config(recipe, runs, request.candidates)
     check_running(folder)
     name = config.folder.name
     known = {run.name: run for run in started_runs(folder)}.get(name)
@@ -106,8 +90,7 @@ def server_run(folder: Path, request: RunRequest) -> int:
             row = _follow(folder, known.flower)
             if DEAD not in str(row["status-details"]):
                 return _ended(name, row)
-        if not request.candidates:
-            _publish(folder, plan)
+        _publish(folder, plan)
         number = _start(folder, request, recipe, config.folder)
         say(f"run {name} has begun; Ctrl-C leaves this display, not the run")
         return _ended(name, _follow(folder, number))
@@ -167,26 +150,16 @@ def _checked_experiment(request: RunRequest) -> tuple[Any, Any]:
     Raises:
         FedfaceError: The experiment cannot run.
     """
-    from fedface.coordinator.model_ranking import load_candidates
-    from fedface.coordinator.requests import run_plan
-    from fedface.device.config import check_kind
-    from fedface.experiment import LabelledProbe, RemoteDevices, read_experiment
+    from fedface.cli.server_plans import read_plan
+    from fedface.experiment import LabelledProbe
     from fedface.public_data.labelled_sets import find_labelled_set
 
-    check_kind(request.experiment, "experiment")
-    recipe = read_experiment(request.experiment, photos=request.photos, changes=request.changes)
-    if not isinstance(recipe.devices, RemoteDevices):
-        raise ConfigError(
-            f"{request.experiment}: devices: expected remote-devices; `fedface run` simulates others"
-        )
+    recipe, plan = read_plan(request)
     # Flower runs it in another folder.
     recipe = replace(recipe, base=None if recipe.base is None else recipe.base.absolute())
     if isinstance(recipe.probe, LabelledProbe):
         find_labelled_set(recipe.probe.folder, recipe.probe.set)
         recipe = replace(recipe, probe=replace(recipe.probe, folder=recipe.probe.folder.absolute()))
-    plan = run_plan(recipe)
-    if request.candidates:
-        load_candidates(request.candidates, recipe)
     return recipe, plan
 
 
@@ -219,7 +192,7 @@ def _start(folder: Path, request: RunRequest, recipe: Any, run: Path) -> str:
         "photos": "",
         "changes": "",
         "candidates": ";".join(request.candidates),
-        "command": request.command(folder),
+        "command": shell_command(folder, request),
     }
     entries = "".join(f"{key} = {json.dumps(text, ensure_ascii=False)}\n" for key, text in config.items())
     replace_text(bundle, BUNDLE.replace("VERSION", version("fedface")) + entries)

@@ -20,10 +20,12 @@ from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_gr
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import dumps, encode, load
 from fedface.coordinator.device_evaluation import Evaluation, request_metrics
+from fedface.coordinator.requests import evaluation_request
 from fedface.coordinator.rounds import ProgressListener, participants
 from fedface.errors import ConfigError, FederationError, RunError
-from fedface.experiment import Experiment, metrics_dp_parameters
+from fedface.experiment import EvaluationConfig, Experiment, metrics_dp_parameters, ranking_name
 from fedface.messages.cohort import Cohort
+from fedface.messages.run_plan import RunPlan
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.model import GeneratorArchitecture, Model
 from fedface.privacy.accounting import epsilon_of
@@ -79,10 +81,37 @@ def ranking_parameters(experiment: Experiment, count: int) -> DPParameters:
     Raises:
         PrivacyError: No amount of noise meets the target.
     """
+    config, target = _evaluation_and_target(experiment)
+    return metrics_dp_parameters(target, count, config.sampling_rate)
+
+
+def _evaluation_and_target(experiment: Experiment) -> tuple[EvaluationConfig, PrivacyTarget]:
     config, target = experiment.evaluation, experiment.privacy
     if config is None or not isinstance(target, PrivacyTarget):
         raise ConfigError("a ranking needs a privacy target and an evaluation; see experiment.for_ranking")
-    return metrics_dp_parameters(target, count, config.sampling_rate)
+    return config, target
+
+
+def ranking_plan(experiment: Experiment, models: Sequence[Model]) -> RunPlan:
+    """The run plan of a ranking. Models that devices evaluate alike have one request; requests are sorted by content.
+
+    Args:
+        experiment: Of `experiment.for_ranking`.
+        models: Of `load_candidates`.
+
+    Raises:
+        PrivacyError: No amount of noise meets the privacy target.
+    """
+    config, _ = _evaluation_and_target(experiment)
+    dp = ranking_parameters(experiment, len(models))
+    requests = [
+        evaluation_request(experiment, dp, config.metrics, model, holdout_fraction=0.0) for model in models
+    ]
+    return RunPlan(
+        name=ranking_name(experiment),
+        question=experiment.question,
+        evaluations=tuple(each for _, each in sorted({dumps(each): each for each in requests}.items())),
+    )
 
 
 def run_ranking(
@@ -105,9 +134,7 @@ def run_ranking(
         FederationError: Too few usable replies; the ranking can be resumed.
         RunError: The folder holds another ranking.
     """
-    config, target = experiment.evaluation, experiment.privacy
-    if config is None or not isinstance(target, PrivacyTarget):
-        raise ConfigError("a ranking needs a privacy target and an evaluation; see experiment.for_ranking")
+    config, target = _evaluation_and_target(experiment)
     dp = ranking_parameters(experiment, len(models))
     path = folder / "metrics.json"
     state = RankingState.opened(path, experiment, models)

@@ -51,14 +51,16 @@ def evaluation_request(
 def run_plan(experiment: Experiment) -> RunPlan:
     """The plan of an experiment's run; calibrating its noise takes a second or two."""
     model, plan, config = experiment.start(), experiment.plan(), experiment.evaluation
-    evaluation = None
+    evaluations: tuple[EvaluationRequest, ...] = ()
     if config is not None and plan.evaluation is not None:
-        evaluation = evaluation_request(
-            experiment, plan.evaluation, config.metrics, model, holdout_fraction=config.holdout_fraction
+        evaluations = (
+            evaluation_request(
+                experiment, plan.evaluation, config.metrics, model, holdout_fraction=config.holdout_fraction
+            ),
         )
     return RunPlan(
         name=experiment.name,
         question=experiment.question,
         training=round_config(experiment, plan, model),
-        evaluation=evaluation,
+        evaluations=evaluations,
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fedface.codec import CodecError, encode, loads
 from fedface.errors import ConfigError, PolicyRefusal
-from fedface.messages.messages import DecryptTask, EvaluateTask, EvaluationRequest, Name, RoundConfig, Task
+from fedface.messages.messages import (
+    DecryptTask,
+    EvaluateTask,
+    EvaluationRequest,
+    Name,
+    RoundConfig,
+    Task,
+    TrainTask,
+)
 from fedface.privacy.plan import RunReleases
 from fedface.validation import checked
 
@@ -30,52 +38,60 @@ MAX_BYTES = 1 << 20  # of a signed plan; plans have about two thousand
 class RunPlan:
     """What every request of a run contains beside weights, rounds and seeds.
 
+    A run without training ranks models, which may have several architectures and upsampling methods. It has an
+    evaluation for each, in no order that tells which model is which.
+
     Raises:
-        ValueError: Neither training nor evaluation, or both that cannot be of one run.
+        ValueError: Neither training nor evaluation, both that cannot be of one run, or evaluations that differ in more.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
-    name: Name  # of the experiment
+    name: Name  # of the run, before a number is added to it
     question: str  # that the experiment asks, for the owner
     training: RoundConfig | None = None
-    evaluation: EvaluationRequest | None = None
+    evaluations: tuple[EvaluationRequest, ...] = ()
 
     def __post_init__(self) -> None:
         _ = self.releases
+        first = self.evaluations[:1] * len(self.evaluations)
+        if self.evaluations != tuple(
+            replace(each, architecture=own.architecture, method=own.method)
+            for each, own in zip(first, self.evaluations, strict=True)
+        ):
+            raise ValueError("evaluations of one run may differ in architecture and method alone")
 
     @property
     def parts(self) -> list[RoundConfig | EvaluationRequest]:
-        """What there is of training and evaluation."""
-        return [part for part in (self.training, self.evaluation) if part is not None]
+        """What there is of training and evaluation; the first evaluation stands for all."""
+        return [*([] if self.training is None else [self.training]), *self.evaluations[:1]]
 
     @property
     def releases(self) -> RunReleases:
         """Everything that a run of this plan releases."""
         return RunReleases(
             training=None if self.training is None else self.training.dp,
-            evaluation=None if self.evaluation is None else self.evaluation.dp,
+            evaluation=self.evaluations[0].dp if self.evaluations else None,
         )
 
     def difference(self, task: Task) -> str:
         """Where a task differs from this plan, such as "dp.noise_multiplier"; empty if it is one of its requests."""
-        part: RoundConfig | EvaluationRequest | None
+        parts: Sequence[RoundConfig | EvaluationRequest] = self.evaluations
+        if isinstance(task, TrainTask) or (isinstance(task, DecryptTask) and task.sum_of == "updates"):
+            parts = [] if self.training is None else [self.training]
+        differences = [self._difference(task, part) for part in parts]
+        if "" in differences:
+            return ""
+        return differences[0] if differences else task.sum_of if isinstance(task, DecryptTask) else task.kind
+
+    def _difference(self, task: Task, part: RoundConfig | EvaluationRequest) -> str:
         requested: dict[str, object]
         expected: dict[str, object]
         if isinstance(task, DecryptTask):
-            part = self.training if task.sum_of == "updates" else self.evaluation
-            if part is None:
-                return task.sum_of
             requested = {"aggregation": task.aggregation, "agreement": task.agreement}
             expected = {"aggregation": part.aggregation, "agreement": part.agreement}
         else:
-            asked, part = (
-                (task.request, self.evaluation)
-                if isinstance(task, EvaluateTask)
-                else (task.config, self.training)
-            )
-            if part is None:
-                return task.kind
+            asked = task.request if isinstance(task, EvaluateTask) else task.config
             requested = {"": asked, "releases": task.releases}
             expected = {"": part, "releases": self.releases}
         one, other = ({key: encode(value) for key, value in each.items()} for each in (requested, expected))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedface.config import local_path
 from fedface.errors import ConfigError
-from fedface.experiment import Experiment, for_ranking, read_experiment
+from fedface.experiment import Experiment, for_ranking, ranking_name, read_experiment
 
 DEFAULT_RUNS = Path("~/fedface-runs")  # default folder of runs
 
@@ -64,7 +64,7 @@ def run_config(
     name, done = experiment.name, "run.json"
     if candidates:
         experiment = for_ranking(experiment)
-        name, done = f"{name}-ranking", "ranking.json"
+        name, done = ranking_name(experiment), "ranking.json"
     first = run = runs / name
     number = 1
     while (run / done).exists():

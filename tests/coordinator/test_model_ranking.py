@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.cli import app
 from fedface.codec import loads
-from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
+from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, ranking_plan, run_ranking
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
 from fedface.experiment import Experiment, devices_folder, for_ranking, read_experiment
 from fedface.messages.cohort import Cohort, OnReply
@@ -84,6 +84,8 @@ def test_an_interrupted_ranking_requests_only_what_is_missing(recipe: Experiment
     second = Counting(ready(recipe, folder))
     record = run_ranking(recipe, models, second, folder, progress=SilentProgress())
     assert len(first.asked) == 2 and len(second.asked) == 1
+    plan = ranking_plan(recipe, list(models.values()))  # what an owner admits covers all requests
+    assert [plan.difference(task) for task in (*first.asked, *second.asked)] == ["", "", ""]
     assert [reported.when for reported in record.candidates] == ["base", "other"]
     assert {reported.weights_hash for reported in record.candidates} == {
         first.asked[0].model,

@@ -8,17 +8,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tiny import first_device, tiny_experiment, tiny_gan, train_task
+from tiny import WAYS, first_device, tiny_experiment, tiny_gan, train_task
 
+from fedface.coordinator.device_evaluation import Evaluation
+from fedface.coordinator.model_ranking import ranking_plan
 from fedface.coordinator.requests import run_plan
 from fedface.device.client import handle_task
 from fedface.device.device import Device
 from fedface.errors import ConfigError
-from fedface.experiment import Experiment
-from fedface.messages.messages import DecryptTask, Refusal, TrainResult, TrainTask
+from fedface.experiment import Experiment, for_ranking
+from fedface.messages.messages import (
+    DecryptTask,
+    EvaluateResult,
+    EvaluateTask,
+    Refusal,
+    TrainResult,
+    TrainTask,
+)
 from fedface.messages.run_plan import AdmittedPlans, SignedPlan
+from fedface.models.model import Model, build_model
+from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.plan import DPParameters, RunReleases
+from fedface.randomness import Streams
 
 OPERATOR = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = OPERATOR.public_key().public_bytes_raw()
@@ -93,6 +107,53 @@ def test_a_sum_is_decrypted_only_with_the_plans_aggregation(device: Device, task
     assert plan.difference(replace(opening, sum_of="metrics")) == "metrics"
 
 
+def test_a_device_that_admitted_a_ranking_evaluates_its_models_and_nothing_else(
+    device: Device, task: TrainTask, tmp_path: Path
+) -> None:
+    """Two architectures in one ranking; not a third, not more models than were priced, and no training."""
+    changes = {"privacy.epsilon": "60", "upsampling": "{method: {kind: pulse, steps: 1, mapping_samples: 8}}"}
+    recipe = for_ranking(tiny_experiment(tmp_path, changes))
+    base, other = tiny_gan(), tiny_gan("other")
+    flow, stranger = (build_model(WAYS[way][1], Streams(5).generator(way)) for way in ("flow", "resolver"))
+    plan = ranking_plan(recipe, [base, flow, other])
+    assert plan.name == "tiny-ranking" and len(plan.evaluations) == 2  # the two GANs are evaluated alike
+    assert plan == ranking_plan(recipe, [other, base, flow])  # nothing shows which model is which
+    signed = plan.signed(OPERATOR)
+    assert SignedPlan.from_bytes(signed.to_bytes(), PUBLIC) == signed
+    dp = plan.evaluations[0].dp
+    tasks = [ranking_task(recipe, dp, model) for model in (base, flow, other)]
+    assert [plan.difference(each) for each in tasks] == ["", "", ""]
+    assert plan.difference(ranking_task(recipe, dp, stranger))
+    four = replace(dp, schedule=replace(dp.schedule, rounds=4))
+    assert plan.difference(ranking_task(recipe, four, base)) == "dp.schedule.rounds"
+    with pytest.raises(ValueError, match="architecture and method alone"):  # one would be shown, another paid
+        replace(plan, evaluations=(plan.evaluations[0], replace(plan.evaluations[1], dp=four)))
+
+    assert device.plans is not None
+    (trained,) = device.plans.folder.iterdir()
+    trained.unlink()
+    device.plans.path(signed.hash).write_bytes(signed.to_bytes())
+    two = DeviceDataset.independent(torch.rand(2, 3, 16, 16))
+    policy = replace(device.policy, evaluation=True, max_epsilon=60.0)
+    evaluating = replace(device, photos=lambda size: two, policy=policy)
+    assert isinstance(handle_task(tasks[0], evaluating), EvaluateResult)
+    assert isinstance(answer := handle_task(task, evaluating), Refusal) and "no run plan" in answer.reason
+
+
+def ranking_task(recipe: Experiment, dp: DPParameters, model: Model) -> EvaluateTask:
+    """The request to evaluate one of the models of a ranking."""
+    assert recipe.evaluation is not None
+    return Evaluation(
+        run="tiny-ranking",
+        number=1,
+        name="secret",
+        model=model,
+        releases=RunReleases(evaluation=dp),
+        config=recipe.evaluation.metrics,
+        holdout_fraction=0.0,
+    ).task(recipe, 2)
+
+
 def test_without_an_admitted_plan_everything_is_refused(device: Device, task: TrainTask) -> None:
     assert device.plans is not None
     empty = replace(device, plans=replace(device.plans, folder=device.state / "none"))
@@ -106,7 +167,7 @@ def test_the_hash_is_that_of_the_signed_bytes_and_the_same_for_the_same_experime
     again = run_plan(experiment).signed(Ed25519PrivateKey.generate())
     assert again.hash == signed.hash
     assert SignedPlan.from_bytes(signed.to_bytes(), PUBLIC) == signed
-    assert json.loads(signed.content)["version"] == 1
+    assert json.loads(signed.content)["version"] == 2
 
 
 @pytest.mark.parametrize(
