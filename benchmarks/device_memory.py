@@ -125,7 +125,7 @@ def main() -> None:
                 time.sleep(0.2)
 
         do("fedface", "server", "init", "--superlink-port", str(port), server, "localhost")
-        begin("server.log", "fedface", "server", "start", server)
+        begin("server.log", "fedface", "server", "up", server)
         (home / ".flwr").mkdir()
         (home / ".flwr" / "config.toml").write_text(FLWR.format(port=port, server=server))
         wait_for("server.log", "SuperLink listens")

@@ -149,22 +149,22 @@ def test_the_proxy_passes_what_a_device_needs_to_join(address: tuple[int, Path])
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
-    """Call `fedface server start` in this process."""
-    return caller(monkeypatch, capsys, "server", "start")
+def up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
+    """Call `fedface server up` in this process."""
+    return caller(monkeypatch, capsys, "server", "up")
 
 
-def test_another_folder_is_not_started(start: Callable, tmp_path: Path) -> None:
+def test_another_folder_is_not_started(up: Callable, tmp_path: Path) -> None:
     """With the command that makes one."""
-    assert "is not the folder of a server; `fedface server init` makes one" in start(tmp_path).sentence
+    assert "is not the folder of a server; `fedface server init` makes one" in up(tmp_path).sentence
 
 
-def test_a_taken_port_is_named(fedface: Callable, start: Callable, tmp_path: Path) -> None:
+def test_a_taken_port_is_named(fedface: Callable, up: Callable, tmp_path: Path) -> None:
     """Instead of SuperLink's traceback."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert fedface(tmp_path / "server", "localhost", "--superlink-port", port).code == 0
-        assert f"port {port} is taken" in start(tmp_path / "server").sentence
+        assert f"port {port} is taken" in up(tmp_path / "server").sentence
 
 
 def test_a_renewed_certificate_is_trusted_by_devices_and_keeps_its_hosts(

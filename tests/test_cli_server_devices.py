@@ -106,7 +106,7 @@ def test_a_server_that_does_not_run_is_named(
     """With the command that starts it; another folder with the command that makes one."""
     monkeypatch.setattr(server_flower, "listens", lambda port: False)
     for words in (("devices", "server"), ("register", "server", "kitchen", "a.pub")):
-        assert "start it with `fedface server start server`" in fedface(*words).sentence
+        assert "start it with `fedface server up server`" in fedface(*words).sentence
     assert "`fedface server init` makes one" in fedface("devices", ".").sentence
     assert "`fedface server init` makes one" in fedface("register", ".", "kitchen", "a.pub").sentence
 

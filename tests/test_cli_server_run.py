@@ -92,8 +92,8 @@ def test_a_run_needs_the_running_server(
     fedface: Callable, server: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedface.cli.server_flower.listens", lambda port: False)
-    assert "start it with `fedface server start server`" in fedface("run", "server", "tiny.yaml").sentence
-    assert "start it with `fedface server start server`" in fedface("stop", "server").sentence
+    assert "start it with `fedface server up server`" in fedface("run", "server", "tiny.yaml").sentence
+    assert "start it with `fedface server up server`" in fedface("stop", "server").sentence
 
 
 def test_the_exit_code_says_how_a_run_ended(fedface: Callable, server: Path) -> None:

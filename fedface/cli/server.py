@@ -44,12 +44,12 @@ def init(
     server_init(folder.expanduser(), ports, hosts)
 
 
-@server.command("start", epilog=example("fedface server start ~/fedface-server"))
-def start(folder: FolderArgument) -> None:
+@server.command("up", epilog=example("fedface server up ~/fedface-server"))
+def up(folder: FolderArgument) -> None:
     """Start SuperLink, its executor and nginx until Ctrl-C; devices can then connect."""
-    from fedface.cli.server_start import server_start
+    from fedface.cli.server_up import server_up
 
-    server_start(folder.expanduser())
+    server_up(folder.expanduser())
 
 
 @server.command(
@@ -97,7 +97,7 @@ def publish(
 
 @server.command("enrolment", hidden=True, epilog=example("fedface server enrolment ~/fedface-server"))
 def enrolment(folder: FolderArgument) -> None:
-    """Enrol invited devices; `fedface server start` runs this."""
+    """Enrol invited devices; `fedface server up` runs this."""
     from fedface.cli.server_enrolment import serve
 
     serve(folder)

@@ -83,7 +83,7 @@ def check_running(folder: Path) -> None:
     """Raise FederationError if the server does not run, ConfigError if the folder is not a server's."""
     if not is_running(folder):
         raise FederationError(
-            f"{folder}: the server is not running; start it with `fedface server start {folder}`"
+            f"{folder}: the server is not running; start it with `fedface server up {folder}`"
         )
 
 

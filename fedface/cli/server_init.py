@@ -85,7 +85,7 @@ def server_init(folder: Path, ports: Ports, hosts: list[str]) -> None:
     create_bytes(folder / "nginx.conf", proxy.encode(), mode=0o644)
     write_config(folder)
     say(f"wrote certificates, keys, {PORTS_FILE}, nginx.conf and flwr/config.toml to {folder}")
-    say(f"devices will reach it at {ports.address}; start it with: fedface server start {folder}")
+    say(f"devices will reach it at {ports.address}; start it with: fedface server up {folder}")
     say(
         f"move {folder / 'certificates' / 'ca.key'} off this machine: whoever has it can impersonate the server"
     )

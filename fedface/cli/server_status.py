@@ -138,7 +138,7 @@ def _lines(status: ServerStatus) -> Iterator[str]:
     if status.running:
         yield f"server: running; devices connect to {status.address}"
     else:
-        yield "server: not running; start it with `fedface server start`"
+        yield "server: not running; start it with `fedface server up`"
     left = status.certificate_days
     yield f"certificate: valid until {status.certificate_until[:10]}, {left} days" + (
         "; replace it with `fedface server renew`" if left < 30 else ""

@@ -1,4 +1,4 @@
-"""The command `fedface server start`: SuperLink for this machine alone, its executor, and the proxy for devices."""
+"""The command `fedface server up`: SuperLink for this machine alone, its executor, and the proxy for devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARN_BEFORE = timedelta(days=30)
 SECRET = ("--superexec-auth-secret-file", "superexec.secret")
 
 
-def server_start(folder: Path) -> None:
+def server_up(folder: Path) -> None:
     """Run the server whose folder `fedface server init` wrote; returns after Ctrl-C or SIGTERM.
 
     Raises:
