@@ -1,0 +1,151 @@
+"""Distributed noise: each device rounds its clipped vector to integers and adds its share of the noise, before masking.
+
+Whoever sees only the sum sees a Gaussian mechanism, whoever adds up the masked vectors: no server is trusted with the
+noise. What each device does:
+
+1. **Clip** to L2 norm `clip_norm`, and scale so that this norm is `scale` integers.
+2. **Round** each number up or down at random, without bias, and again until the squared norm of the integers is at
+   most `max_square_norm` (conditional randomised rounding). The bound is checked on integers, so that neither floating
+   point nor bad luck exceeds it. Theorem 1 of Kairouz, Liu and Steinke (2021), arXiv:2102.06387, says which bound holds
+   at once with probability 1 - beta. The distance between neighbours' sums is at most sqrt(max_square_norm) for
+   certain, and mixtures over the rounding diverge at most as much as the worst pair in them (quasi-convexity).
+3. **Add a share**: a discrete Gaussian of `share_variance` on each integer. The shares of any `honest` devices add up
+   to at least the variance (noise multiplier)^2 * max_square_norm + 8, of which the 8 pay for the integers:
+   privacy/discrete_gaussian.py shows that the sum costs what a Gaussian mechanism with this noise multiplier costs.
+   More shares are more noise: post-processing.
+
+Devices that drop out, or that give their shares to the server, only lower the number of honest shares in a sum; the
+guarantee holds as long as `honest` of them remain. No sum can leave the ring: every integer and every share is bounded.
+
+Source: Kairouz, Liu and Steinke (2021); Agarwal, Kairouz and Liu (2021), arXiv:2110.04995, whose Skellam noise needs no
+lower limit on a share's variance but has no price as tight as a Gaussian's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Annotated
+
+import numpy as np
+import torch
+
+from fedface.errors import PrivacyError
+from fedface.privacy.clip_and_noise import clip_l2
+from fedface.privacy.discrete_gaussian import MIN_VARIANCE, SMOOTHING, DiscreteGaussian, discrete_gaussian
+from fedface.privacy.mechanism import ClipNorm, Sigma
+from fedface.randomness import SecretNoise
+from fedface.tensor_types import Vector
+from fedface.validation import AtLeast, In, checked
+
+RING_BITS = 32  # sums are taken modulo 2^32, and read as numbers from -2^31 to 2^31 - 1
+BETA = 1e-6  # the probability with which a vector is rounded once more
+_MIN_SCALE = 2**12  # integers to which `clip_norm` is scaled, so that rounding lengthens it by 0.1 % at most
+_SCALE_PER_ROOT = 8  # and at least so many times the root of the dimension: by 0.3 % at most
+_MAX_LENGTHENING = 1.1  # of the norm bound by rounding; what would need more noise than that is refused
+_ATTEMPTS = 20  # so many in a row fail with probability 1e-120
+
+
+@dataclass(frozen=True, kw_only=True)
+@checked
+class DistributedNoise:
+    """What the devices of one sum must agree on; all of it is public, and follows from the run's parameters.
+
+    Raises:
+        PrivacyError: The noise of a sum does not fit the ring.
+    """
+
+    length: Annotated[int, In(f"[1, {1 << 30}]")]  # d, numbers in each device's vector
+    clip_norm: ClipNorm  # largest L2 norm of one device's vector
+    noise_multiplier: Sigma  # of the Gaussian mechanism whose price the sum has
+    honest: Annotated[
+        int, AtLeast(1)
+    ]  # devices whose shares are certainly in each sum, unknown to the server
+    max_devices: Annotated[int, In(f"[1, {1 << 20}]")]  # the most devices in one sum
+
+    def __post_init__(self) -> None:
+        if self.honest > self.max_devices:
+            raise ValueError(f"honest must be at most max_devices={self.max_devices}, got {self.honest}")
+        largest = self.max_devices * (math.isqrt(self.max_square_norm) + self.share.largest)
+        longer = self.max_square_norm > _MAX_LENGTHENING**2 * self.scale**2
+        if longer or largest >= 1 << (RING_BITS - 1):
+            raise PrivacyError(
+                f"the noise of {self.max_devices} devices does not fit sums of {RING_BITS} bits at noise multiplier "
+                f"{self.noise_multiplier:g} with {self.honest} honest devices; use fewer devices, a larger epsilon, or "
+                "a larger honest fraction"
+            )
+
+    @cached_property
+    def scale(self) -> int:
+        """The integer length to which `clip_norm` is scaled: large beside the rounding, small beside the ring."""
+        desired = max(_MIN_SCALE, math.ceil(_SCALE_PER_ROOT * math.sqrt(self.length)))
+        deviations = 1.0 + 22.0 * self.noise_multiplier / math.sqrt(
+            self.honest
+        )  # in each device's part of the ring
+        return max(
+            min(desired, math.floor(2.0 ** (RING_BITS - 1) / (2.0 * self.max_devices * deviations))), 1
+        )
+
+    @property
+    def step(self) -> float:
+        """What one integer stands for, in the unit of `clip_norm`."""
+        return self.clip_norm / self.scale
+
+    @cached_property
+    def max_square_norm(self) -> int:
+        """The largest squared L2 norm of a device's integers: the squared sensitivity of the sum."""
+        scale, root = float(self.scale), math.sqrt(self.length)
+        likely = scale**2 + self.length / 4 + math.sqrt(2.0 * math.log(1.0 / BETA)) * (scale + root / 2)
+        return math.floor(min((scale + root) ** 2, likely))
+
+    @cached_property
+    def share_variance(self) -> int:
+        """The variance of one device's share, in squared integers."""
+        total = Fraction(self.noise_multiplier) ** 2 * self.max_square_norm + SMOOTHING
+        return max(math.ceil(total / self.honest), MIN_VARIANCE)
+
+    @property
+    def share(self) -> DiscreteGaussian:
+        """The distribution of one device's share of the noise on one integer."""
+        return discrete_gaussian(self.share_variance)
+
+
+def noised_integers(update: Vector, noise: DistributedNoise) -> np.ndarray:
+    """A device's vector as integers with its share of the noise; never call it twice on one update.
+
+    Args:
+        update: Shape (d,). It is clipped here; one with a non-finite entry counts as zero.
+        noise: What the devices of the sum agreed on.
+
+    Returns:
+        int64, shape (d,). Sums of up to `max_devices` of them lie strictly between -2^31 and 2^31.
+
+    Raises:
+        ValueError: Another length.
+    """
+    if tuple(update.shape) != (noise.length,):
+        raise ValueError(f"expected a vector of {noise.length} numbers, got shape {tuple(update.shape)}")
+    secret = SecretNoise()
+    integers = _rounded(clip_l2(update.detach().cpu(), noise.clip_norm), noise, secret)
+    return np.asarray(integers + noise.share.sample(noise.length, secret))
+
+
+def from_sum(integers: np.ndarray, noise: DistributedNoise) -> Vector:
+    """A sum of `noised_integers` in the unit of the updates, float32, shape (d,)."""
+    return torch.from_numpy((integers * noise.step).astype(np.float32))
+
+
+def _rounded(update: Vector, noise: DistributedNoise, secret: SecretNoise) -> np.ndarray:
+    """Integers, int64 (d,), of squared norm at most `max_square_norm`, whose mean is the scaled update."""
+    scaled = update.double().numpy() * (noise.scale / noise.clip_norm)
+    down = np.floor(scaled)
+    for _ in range(_ATTEMPTS):
+        integers = (down + (secret.uniforms(noise.length) < scaled - down)).astype(np.int64)
+        if int(integers @ integers) <= noise.max_square_norm:
+            return np.asarray(integers)
+    towards_zero = np.trunc(scaled).astype(np.int64)  # never longer than the update
+    if int(towards_zero @ towards_zero) <= noise.max_square_norm:
+        return np.asarray(towards_zero)
+    return np.zeros_like(towards_zero)

@@ -1,0 +1,176 @@
+"""Noise in shares: what is sampled, what sums of shares cost, and that no vector and no sum exceeds its bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+from scipy.stats import norm
+
+from fedface.errors import PrivacyError
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.discrete_gaussian import DiscreteGaussian
+from fedface.privacy.distributed_noise import DistributedNoise, from_sum, noised_integers
+from fedface.randomness import SecretNoise
+
+
+class Words(SecretNoise):
+    """Known words in place of random ones."""
+
+    def __init__(self, words: Sequence[int]) -> None:
+        self._words = list(words)
+
+    def words(self, count: int) -> np.ndarray:
+        now, self._words = self._words[:count], self._words[count:]
+        return np.array(now, dtype=np.uint64)
+
+
+def noise(**changes: Any) -> DistributedNoise:
+    terms = {"length": 1000, "clip_norm": 0.5, "noise_multiplier": 1.5, "honest": 3, "max_devices": 5}
+    return DistributedNoise(**(terms | changes))
+
+
+def probabilities(variance: int, shares: int) -> np.ndarray:
+    """Of the sum of so many discrete Gaussians, by convolution of their exact probabilities, symmetric about 0."""
+    k = np.arange(-15 * math.isqrt(variance), 15 * math.isqrt(variance) + 1)
+    one = np.exp(-(k**2) / (2.0 * variance))
+    one /= one.sum()
+    total = np.ones(1)
+    for _ in range(shares):
+        total = np.convolve(total, one)
+    return total
+
+
+def hockey_stick(p: np.ndarray, q: np.ndarray, epsilon: float) -> float:
+    return float(np.maximum(p - math.exp(epsilon) * q, 0.0).sum())
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """Balle and Wang (2018), Theorem 8, at sensitivity / standard deviation mu."""
+    return float(norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu))
+
+
+def test_a_sample_counts_the_exact_cumulative_probabilities_below_a_uniform_number_of_256_bits() -> None:
+    """Computed here with 100 decimal digits: the word before a threshold, and the one at it, differ by one sample."""
+    with localcontext() as context:
+        context.prec = 100
+        weights = [(Decimal(-(k**2)) / 32).exp() for k in range(-76, 77)]
+        below = [sum(weights[: k + 77]) / sum(weights) for k in (-40, -8, 0, 1, 30)]
+        thresholds = [int(p * 2**256) for p in below]
+    for k, threshold in zip((-40, -8, 0, 1, 30), thresholds, strict=True):
+        for shift, expected in ((-(2**12), k), (2**12, k + 1)):
+            number = threshold + shift
+            words = [(number >> at) % 2**64 for at in (192, 128, 64, 0)]
+            assert DiscreteGaussian(16).sample(1, Words(words)).tolist() == [expected]
+
+
+@pytest.mark.parametrize("variance", [16, 40_000, 30_000_000, 10**12])
+def test_samples_have_the_variance_and_the_tails_of_a_gaussian(variance: int) -> None:
+    """Also where a wide distribution is composed of narrow ones; bounds are five standard errors wide."""
+    distribution = DiscreteGaussian(variance)
+    x = distribution.sample(200_000, SecretNoise()) / math.sqrt(variance)
+    assert abs(x.mean()) < 5 / math.sqrt(len(x))
+    assert (x**2).mean() == pytest.approx(1.0, abs=5 * math.sqrt(2 / len(x)))
+    assert (x**4).mean() == pytest.approx(3.0, abs=5 * math.sqrt(96 / len(x)) + 1 / variance)
+    assert (abs(x) > 3).mean() == pytest.approx(2 * norm.sf(3), abs=0.0006 + 0.1 / math.sqrt(variance))
+    assert 18.9 * math.sqrt(variance) <= distribution.largest <= 20 * math.sqrt(variance)
+
+
+def test_shares_add_up_to_one_discrete_gaussian() -> None:
+    """Kairouz, Liu and Steinke (2021): three shares of variance 16 are one of 48, up to rounding."""
+    total = probabilities(16, 3)
+    k = np.arange(len(total)) - len(total) // 2
+    one = np.exp(-(k**2) / 96.0)
+    near = abs(k) < 50
+    np.testing.assert_allclose(total[near], (one / one.sum())[near], rtol=1e-10)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("shift", [(1,), (7,), (20,), (3, 4), (12, 16)])
+def test_an_integer_vector_with_shares_costs_at_most_what_a_gaussian_with_eight_less_variance_does(
+    shift: tuple[int, ...], epsilon: float
+) -> None:
+    """By brute force over all outputs, in one and two dimensions; and about what a Gaussian of all of it costs."""
+    total = probabilities(16, 3)
+    p, q = np.ones(1), np.ones(1)
+    for by in shift:
+        p = np.multiply.outer(p, np.pad(total, (by, 0)))
+        q = np.multiply.outer(q, np.pad(total, (0, by)))
+    exact, distance = hockey_stick(p, q, epsilon), math.hypot(*shift)
+    assert exact <= gaussian_delta(distance / math.sqrt(48 - 8), epsilon) + 1e-13
+    assert exact == pytest.approx(gaussian_delta(distance / math.sqrt(48), epsilon), rel=0.03, abs=1e-6)
+
+
+def test_two_rounds_cost_at_most_what_the_accountant_says() -> None:
+    """All pairs of outputs of two rounds at once, against the composed privacy loss distribution of the Gaussian."""
+    total, shift = probabilities(16, 4), 12
+    p, q = np.pad(total, (shift, 0)), np.pad(total, (0, shift))
+    event = SelfComposedDpEvent(GaussianDpEvent(math.sqrt(4 * 16 - 8) / shift), 2)
+    for delta in (1e-3, 1e-5):
+        epsilon = epsilon_of(event, delta).upper
+        assert hockey_stick(np.multiply.outer(p, p), np.multiply.outer(q, q), epsilon) <= delta
+
+
+def test_the_honest_shares_are_the_least_that_pay_for_the_multiplier_and_the_integers() -> None:
+    """honest * variance >= sigma^2 * bound + 8 holds, and with one less per share it would not."""
+    for n in (
+        noise(),
+        noise(honest=1),
+        noise(length=10**6, noise_multiplier=0.7, honest=40, max_devices=100),
+    ):
+        needed = Fraction(n.noise_multiplier) ** 2 * n.max_square_norm + 8
+        assert n.honest * (n.share_variance - 1) < needed <= n.honest * n.share_variance
+
+
+@pytest.mark.parametrize("length", [1, 50, 10**6, 30 * 10**6])
+def test_rounding_lengthens_the_norm_bound_by_less_than_half_a_percent(length: int) -> None:
+    n = noise(length=length, honest=300, max_devices=1000)
+    assert n.scale**2 < n.max_square_norm < (1.005 * n.scale) ** 2
+
+
+def test_no_rounded_vector_exceeds_the_bound_even_where_every_number_is_rounded_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With uniform numbers of zero all attempts are too long, and the vector is rounded towards zero."""
+    monkeypatch.setattr(SecretNoise, "uniforms", lambda self, count: np.zeros(count))
+    monkeypatch.setattr(DiscreteGaussian, "sample", lambda self, count, secret: np.zeros(count, np.int64))
+    n = noise(length=10**6)
+    integers = noised_integers(torch.full((n.length,), 1.01 * n.clip_norm / 1000), n)
+    assert int(integers @ integers) <= n.max_square_norm
+    assert integers.tolist()[:3] == [n.scale // 1000] * 3
+
+
+def test_a_sum_of_noised_integers_is_the_sum_of_the_clipped_updates_with_the_noise_of_all_shares() -> None:
+    """Five devices; one update is too long, one is not finite and counts as zero."""
+    n = noise(length=100_000)
+    updates = [torch.full((n.length,), value) for value in (0.001, -0.0005, 0.0, 1.0, math.nan)]
+    total = from_sum(np.sum([noised_integers(u, n) for u in updates], axis=0), n).double()
+    expected = 0.001 - 0.0005 + n.clip_norm / math.sqrt(n.length)
+    deviation = n.step * math.sqrt(5 * n.share_variance + 1)
+    assert float(total.mean()) == pytest.approx(expected, abs=5 * deviation / math.sqrt(n.length))
+    assert float(total.std()) == pytest.approx(deviation, rel=0.02)
+    assert n.step * math.sqrt(n.honest * n.share_variance) >= n.noise_multiplier * n.clip_norm
+
+
+def test_noise_is_never_repeated() -> None:
+    n = noise()
+    assert not np.array_equal(noised_integers(torch.zeros(1000), n), noised_integers(torch.zeros(1000), n))
+
+
+def test_noise_that_could_leave_the_ring_is_refused() -> None:
+    with pytest.raises(
+        PrivacyError, match="does not fit sums of 32 bits at noise multiplier 5000 with 1 honest"
+    ):
+        noise(noise_multiplier=5000.0, honest=1, max_devices=1000)
+
+
+def test_a_vector_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a vector of 1000 numbers, got shape"):
+        noised_integers(torch.zeros(999), noise())
