@@ -1,13 +1,13 @@
 """Secure aggregation at the server: request protected vectors, check each reply, sum them, decrypt the sum.
 
-The same for updates and metrics. The server stores no payload after summing, and learns of a device only its name, its
-reply or refusal, and the time taken; only with plain sums does it see each payload.
+The same for updates and metrics. Each payload is added to the sum as it arrives, and none is stored. Of a device the
+server learns only its name, its reply or refusal, and the time taken; only with plain sums does it see each payload.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,55 +74,46 @@ def collect_and_sum(
     Args:
         experiment: Gives the aggregation protocol and min_responses.
         length: d, how many numbers a reply holds.
-        on_withdrawal: Called with the members whose owners have withdrawn, and their names, before anything can fail.
+        on_withdrawal: Called with the member whose owner has withdrawn, and its name, as soon as that arrives.
 
     Raises:
         FederationError: Too few usable replies, or no device could decrypt the sum.
     """
     started = time.perf_counter()
-    replied: set[int] = set()
-
-    def on_reply(member: int) -> None:
-        replied.add(member)
-        on_progress(len(replied))
-
-    replies = cohort.ask(task, members, on_reply)
     server = make_server(experiment.aggregation, experiment.agreement)
-    expected = TrainResult if isinstance(task, TrainTask) else EvaluateResult
-    withdrawn = {
-        member: reply.device
-        for member, reply in replies.items()
-        if isinstance(reply, Refusal) and reply.withdrawn
-    }
-    if withdrawn:
-        on_withdrawal(withdrawn)
-    usable, refusals, dropped = _sort_replies(replies, server, task.round, length, expected)
-    if len(usable) < experiment.min_responses:
+    arrivals = _Arrivals(server, task, length)
+    for done, (member, reply) in enumerate(cohort.ask(task, members), start=1):
+        if isinstance(reply, Refusal) and reply.withdrawn:
+            arrivals.withdrawn[member] = reply.device
+            on_withdrawal({member: reply.device})
+        arrivals.add(member, reply)
+        on_progress(done)
+    summed, refusals, dropped = arrivals.result()
+    if summed is None or len(summed.devices) < experiment.min_responses:
         reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*refusals, *dropped))
         raise FederationError(
-            f"round {task.round}: {len(usable)} of {len(members)} devices gave a usable reply, "
-            f"{experiment.min_responses} are needed ({reasons or 'no reasons given'}). "
+            f"round {task.round}: {0 if summed is None else len(summed.devices)} of {len(members)} devices gave a "
+            f"usable reply, {experiment.min_responses} are needed ({reasons or 'no reasons given'}). "
             "Nothing was applied; fix the cause and resume the run."
         )
-    combining = time.perf_counter()
-    total = server.combine([payload for _, payload in usable.values()])
     combined = time.perf_counter()
-    decrypted = _decrypt(experiment, cohort, server, total, list(usable), task)
+    ordered = dict(sorted(summed.devices.items()))
+    decrypted = _decrypt(experiment, cohort, server, summed.total, list(ordered), task)
     finished = time.perf_counter()
     encrypted = not isinstance(experiment.aggregation, PlainConfig)
     return RoundSum(
-        members=tuple(usable),
-        devices=tuple(reply.device for reply, _ in usable.values()),
-        refusals=tuple(refusals),
-        dropped=tuple(dropped),
-        withdrawn=withdrawn,
+        members=tuple(ordered),
+        devices=tuple(ordered.values()),
+        refusals=refusals,
+        dropped=dropped,
+        withdrawn=arrivals.withdrawn,
         total=decrypted,
-        count=total.count,
-        bytes_up=sum(len(reply.payload) for reply, _ in usable.values()),
-        bytes_reveal=total.nbytes + 4 * length if encrypted else 0,
+        count=summed.total.count,
+        bytes_up=summed.bytes_up,
+        bytes_reveal=summed.total.nbytes + 4 * length if encrypted else 0,
         seconds=finished - started,
-        seconds_protect=max(reply.seconds_protect for reply, _ in usable.values()),
-        seconds_combine=combined - combining,
+        seconds_protect=summed.seconds_protect,
+        seconds_combine=arrivals.seconds,
         seconds_reveal=finished - combined,
     )
 
@@ -141,71 +132,98 @@ def noised_sum(total: Vector, dp: DPParameters) -> Vector:
     return total if central is None else add_noise(total, central, SecretNoise())
 
 
-def _sort_replies(
-    replies: Mapping[int, Reply | Failure],
-    server: Aggregation,
-    number: int,
-    length: int,
-    expected: type[Result],
-) -> tuple[dict[int, tuple[Result, Payload]], list[RefusalRecord], list[RefusalRecord]]:
-    """Usable replies by member, refusals, and dropped replies; every device is named."""
-    usable: dict[int, tuple[Result, Payload]] = {}
-    refusals, dropped = [], []
-    for member, reply in sorted(replies.items()):
+@dataclass(kw_only=True)
+class _KeySum:
+    """The sum of the updates that are encrypted with one key, or not at all."""
+
+    total: Payload
+    devices: dict[int, str]  # member -> its name
+    bytes_up: int
+    seconds_protect: float
+
+
+class _Arrivals:
+    """The replies of one round, each checked and summed as it arrives.
+
+    None is stored: memory is needed for one sum and one reply, however many devices there are.
+    """
+
+    def __init__(self, server: Aggregation, task: TrainTask | EvaluateTask, length: int) -> None:
+        self.withdrawn: dict[int, str] = {}
+        self.seconds = 0.0  # of checking and summing
+        self._server, self._round, self._length = server, task.round, length
+        self._expected = TrainResult if isinstance(task, TrainTask) else EvaluateResult
+        self._sums: dict[str, _KeySum] = {}  # by the public name of the key
+        self._seen: set[tuple[str, bytes]] = set()
+        self._refusals: dict[int, RefusalRecord] = {}
+        self._dropped: dict[int, RefusalRecord] = {}
+
+    def add(self, member: int, reply: Reply | Failure) -> None:
+        """Add one member's reply to the sum, or note why it is left out."""
         name = f"device {member}"
         match reply:
             case Refusal(device=device, reason=reason):
-                refusals.append(RefusalRecord(device=device, reason=reason))
-            case TrainResult() | EvaluateResult() if isinstance(reply, expected):
+                self._refusals[member] = RefusalRecord(device=device, reason=reason)
+            case TrainResult() | EvaluateResult() if isinstance(reply, self._expected):
+                started = time.perf_counter()
                 try:
-                    usable[member] = (reply, _checked(reply.payload, server, number, length))
+                    self._sum(member, reply)
                 except AggregationError as error:
-                    dropped.append(RefusalRecord(device=reply.device, reason=str(error)))
+                    self._dropped[member] = RefusalRecord(device=reply.device, reason=str(error))
+                self.seconds += time.perf_counter() - started
             case Failure(reason=reason):
-                dropped.append(RefusalRecord(device=name, reason=reason))
+                self._dropped[member] = RefusalRecord(device=name, reason=reason)
             case _:
-                dropped.append(RefusalRecord(device=name, reason="replied to another task"))
-    for member, reason in (_repeated(usable) | _under_another_key(usable)).items():
-        dropped.append(RefusalRecord(device=usable.pop(member)[0].device, reason=reason))
-    return usable, refusals, dropped
+                self._dropped[member] = RefusalRecord(device=name, reason="replied to another task")
+
+    def _sum(self, member: int, reply: Result) -> None:
+        """Raises AggregationError, and leaves the sums as they were, for a payload that cannot be added."""
+        payload = _checked(reply.payload, self._server, self._round, self._length)
+        key = str(payload.header.get("key", ""))
+        # One update must count once. Two programs with one state folder send one stored reply; no two ciphertexts are
+        # equal unless one is a copy; without encryption two devices of other names may send the same numbers.
+        content = "" if key else reply.device, hashlib.sha256(b"".join(payload.parts[:1])).digest()
+        if content in self._seen:
+            raise AggregationError(
+                "another device sent the same bytes: if two programs use one state folder, stop one"
+            )
+        known = self._sums.get(key)
+        if known is None:
+            known = self._sums[key] = _KeySum(
+                total=self._server.combine([payload]), devices={}, bytes_up=0, seconds_protect=0.0
+            )
+        else:
+            known.total = self._server.combine([known.total, payload])
+        self._seen.add(content)
+        known.devices[member] = reply.device
+        known.bytes_up += len(reply.payload)
+        known.seconds_protect = max(known.seconds_protect, reply.seconds_protect)
+
+    def result(self) -> tuple[_KeySum | None, tuple[RefusalRecord, ...], tuple[RefusalRecord, ...]]:
+        """The sum under the key that most devices use, if there is any; refusals; and what was dropped."""
+        most = max(self._sums, key=lambda key: len(self._sums[key].devices), default="")
+        reason = f"its update is encrypted with another key than most devices' ({most}); give it a copy of that key"
+        others = {
+            member: RefusalRecord(device=device, reason=reason)
+            for key, known in self._sums.items()
+            if key != most
+            for member, device in known.devices.items()
+        }
+        return self._sums.get(most), _in_order(self._refusals), _in_order(self._dropped | others)
 
 
-def _repeated(usable: Mapping[int, tuple[Result, Payload]]) -> dict[int, str]:
-    """Members that sent what another one of the same name sent, and the reason to report.
-
-    Two programs with one state folder send one stored reply: it is one update, and a sum of several must not count it
-    as two.
-    """
-    first: dict[tuple[str, bytes], int] = {}
-    reason = "another device of this name sent the same bytes: two programs use one state folder; stop one"
-    return {
-        member: reason
-        for member, (reply, _) in usable.items()
-        if first.setdefault((reply.device, reply.payload), member) != member
-    }
-
-
-def _under_another_key(usable: Mapping[int, tuple[Result, Payload]]) -> dict[int, str]:
-    """Members whose payload is encrypted with another key than most, and the reason to report."""
-    keys = {member: str(payload.header.get("key", "")) for member, (_, payload) in usable.items()}
-    if len(set(keys.values())) < 2:
-        return {}
-    most = Counter(keys.values()).most_common(1)[0][0]
-    reason = (
-        f"its update is encrypted with another key than most devices' ({most}); give it a copy of that key"
-    )
-    return {member: reason for member, key in keys.items() if key != most}
+def _in_order(records: Mapping[int, RefusalRecord]) -> tuple[RefusalRecord, ...]:
+    return tuple(records[member] for member in sorted(records))
 
 
 def _checked(written: bytes, server: Aggregation, number: int, length: int) -> Payload:
-    """The payload, if it is one vector of this round and length that the server can add. Raises AggregationError."""
+    """The payload, if it is one vector of this round and length, in its range. Raises AggregationError."""
     payload = Payload.from_bytes(written)
     if (payload.round, payload.length, payload.count) != (number, length, 1):
         raise AggregationError(
             f"expected one update of round {number} with {length} weights, got {payload.count} of round "
             f"{payload.round} with {payload.length}"
         )
-    server.combine([payload])
     if isinstance(server, PlainAggregation):
         largest = float(server.reveal(payload).abs().max())
         if largest > LARGEST:
@@ -232,7 +250,7 @@ def _decrypt(
     )
     reasons = []
     for member in members:
-        match cohort.ask(decrypt, [member], lambda done: None)[member]:
+        match dict(cohort.ask(decrypt, [member]))[member]:
             case DecryptResult(total=vector) if vector.shape == (total.length,) and bool(
                 torch.isfinite(vector).all()
             ):

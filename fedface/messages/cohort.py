@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from fedface.messages.messages import Failure, Reply, Task
-
-OnReply = Callable[[int], None]  # called with a device's number when its reply has arrived
 
 
 class Cohort(Protocol):
@@ -20,5 +18,5 @@ class Cohort(Protocol):
             FederationError: They did not connect in time.
         """
 
-    def ask(self, task: Task, members: Sequence[int], on_reply: OnReply) -> Mapping[int, Reply | Failure]:
-        """Send one task to some devices and collect their replies: one entry per member, none missing."""
+    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
+        """Send one task to some devices; their numbers and replies as they arrive, one per member, none missing."""

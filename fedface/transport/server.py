@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
 
 from fedface.errors import FederationError
-from fedface.messages.cohort import OnReply
 from fedface.messages.messages import (
     DecryptResult,
     DecryptTask,
@@ -68,11 +67,10 @@ class GridCohort:
         self._nodes += [node for node in nodes if node not in self._nodes]
         return sorted(self._nodes.index(node) for node in nodes)
 
-    def ask(self, task: Task, members: Sequence[int], on_reply: OnReply) -> Mapping[int, Reply | Failure]:
-        """Send one task to some devices and collect their replies: one entry per member, none missing."""
+    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
+        """Send one task to some devices; their numbers and replies as they arrive, one per member, none missing."""
         kind, _ = _expected(task)
         record = to_record(to_message(task))
-        answers: dict[int, Reply | Failure] = {}
         waiting: dict[str, int] = {}
         for number in members:
             ttl = None if math.isinf(self._answer_within) else self._answer_within
@@ -82,7 +80,7 @@ class GridCohort:
             if names:
                 waiting[names[0]] = number
             else:
-                answers[number] = Failure(f"the device is no longer connected (node {self._nodes[number]})")
+                yield number, Failure(f"the device is no longer connected (node {self._nodes[number]})")
         wait = _Wait(self._answer_within)
         while waiting:
             replies = list(self._grid.pull_messages(list(waiting)))
@@ -92,14 +90,14 @@ class GridCohort:
                 if number < 0 or from_another:
                     continue
                 del waiting[reply.metadata.reply_to_message_id]
-                answers[number] = _read(reply, task)
-                on_reply(number)
+                yield number, _read(reply, task)
             if not replies and wait.over():
                 break
         for number in waiting.values():
-            late = f"no answer within {self._answer_within:.0f} s (node {self._nodes[number]})"
-            answers[number] = Failure(late)
-        return {number: answers[number] for number in members}
+            yield (
+                number,
+                Failure(f"no answer within {self._answer_within:.0f} s (node {self._nodes[number]})"),
+            )
 
 
 class _Wait:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from fedface.codec import loads
 from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, ranking_plan, run_ranking
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
 from fedface.experiment import Experiment, devices_folder, for_ranking, read_experiment
-from fedface.messages.cohort import Cohort, OnReply
+from fedface.messages.cohort import Cohort
 from fedface.messages.messages import EvaluateTask, Failure, Reply, Task, to_message
 from fedface.models.checkpoint import save_model
 from fedface.privacy.accounting import epsilon_of
@@ -58,13 +58,13 @@ class Counting:
         """As they are."""
         return self.cohort.members(expected)
 
-    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
+    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
         """Forward the task, up to the one that fails."""
         assert isinstance(task, EvaluateTask)
         self.asked.append(task)
         if len(self.asked) == self.breaks_at:
             raise FederationError("the line is cut")
-        return self.cohort.ask(task, members, heard)
+        return self.cohort.ask(task, members)
 
 
 def ready(recipe: Experiment, folder: Path) -> Cohort:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from fedface.device.client import handle_task
 from fedface.errors import FederationError, RunError, WeightsError
 from fedface.experiment import Experiment, devices_folder
 from fedface.measurements import Epsilon, Interval, NotMeasured
-from fedface.messages.cohort import OnReply
 from fedface.messages.messages import (
     DecryptResult,
     Failure,
@@ -68,15 +68,13 @@ class LocalCohort:
     def members(self, required: int) -> Sequence[int]:
         return range(self.count)
 
-    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
+    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
         self.asked.append((type(task).__name__, task.round, tuple(members)))
-        answers: dict[int, Reply | Failure] = {}
         for member in members:
             device = simulated_device(self.experiment, member, devices_folder(self.folder))
             reply = read_reply(to_message(handle_task(read_task(to_message(task)), device)))
             self.replies[type(task).__name__, task.round, member] = reply
-            answers[member] = self.tamper(member, task, reply)
-        return answers
+            yield member, self.tamper(member, task, reply)
 
 
 class Heard(SilentProgress):
@@ -323,6 +321,50 @@ def test_a_device_with_another_key_is_named_and_the_round_continues(tmp_path: Pa
     (record,) = rounds(experiment, cohort).rounds
     assert record.participants == ("device-01", "device-02")
     assert record.dropped[0].device == "device-00" and "another key" in record.dropped[0].reason
+
+
+def test_a_copy_of_an_encrypted_update_counts_once(tmp_path: Path) -> None:
+    """Under another name: the round continues without it, and the sum is that of two devices."""
+    cohort = cohort_of(tmp_path, {**THREE, "aggregation": "{kind: homomorphic}"})
+
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if member != 2 or not isinstance(reply, TrainResult):
+            return reply
+        copied = cohort.replies["TrainTask", 1, 0]
+        assert isinstance(copied, TrainResult)
+        return replace(reply, payload=copied.payload)
+
+    cohort.tamper = tamper
+    (record,) = rounds(cohort.experiment, cohort).rounds
+    assert record.participants == ("device-00", "device-01")
+    assert record.dropped[0].device == "device-02" and "the same bytes" in record.dropped[0].reason
+
+
+def test_replies_are_summed_as_they_arrive_and_not_stored(tmp_path: Path) -> None:
+    """When the next reply arrives, none but the one before is in memory: a round needs as much for 1,000 devices."""
+    alive: list[int] = []
+
+    class Counting(LocalCohort):
+        def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
+            sent: list[weakref.ref[Reply | Failure]] = []
+            for member, reply in super().ask(task, members):
+                self.replies.clear()
+                sent.append(weakref.ref(reply))
+                yield member, reply
+                del reply
+                alive.append(sum(known() is not None for known in sent))
+
+    changes = {
+        "privacy": NO_PRIVACY,
+        "training.rounds": "1",
+        "devices.light_fractions": "[0.5, 0.5, 0.5, 0.5]",
+    }
+    experiment = tiny_experiment(tmp_path, changes)
+    (record,) = rounds(
+        experiment, Counting(experiment, started(experiment, tmp_path / "runs" / "tiny"))
+    ).rounds
+    assert len(record.participants) == 4
+    assert len(alive) == 4 and max(alive) <= 1
 
 
 @pytest.mark.parametrize("liars", [1, 2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fedface.aggregation.payload import Payload
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.coordinator.run import run_experiment
 from fedface.experiment import Experiment, devices_folder
-from fedface.messages.cohort import Cohort, OnReply
+from fedface.messages.cohort import Cohort
 from fedface.messages.messages import DecryptTask, Failure, Message, Reply, Task, to_message
 from fedface.photos.skin_tone import measure_tone
 from fedface.privacy.accounting import epsilon_of
@@ -60,13 +60,12 @@ class Listening:
         """As they are."""
         return self.cohort.members(expected)
 
-    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
+    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
         """Forward the task and record the reply."""
-        answers = self.cohort.ask(task, members, heard)
-        for member, answer in answers.items():
+        for member, answer in self.cohort.ask(task, members):
             assert not isinstance(answer, Failure), answer
             self.heard.append(Overheard(task, member, to_message(answer)))
-        return answers
+            yield member, answer
 
 
 def whole_run(folder: Path, photos_per_device: int) -> tuple[Experiment, Path, list[Overheard]]:

@@ -131,7 +131,7 @@ def test_devices_in_one_process_share_no_object() -> None:
         return FlowerMessage(to_record(to_message(OPENED)), reply_to=message)
 
     cohort = GridCohort(InProcessGrid(app, 2, {}))
-    answers = cohort.ask(REVEAL, cohort.members(2), lambda number: None)
+    answers = dict(cohort.ask(REVEAL, cohort.members(2)))
     assert seen == [b"sum", b"sum"]
     assert all(isinstance(answer, DecryptResult) for answer in answers.values())
 
@@ -148,7 +148,7 @@ def broken(error: Exception) -> GridCohort:
 def test_an_error_about_the_task_is_sent_with_its_text() -> None:
     """The coordinator can report the cause."""
     cohort = broken(FederationError("expected an apple, got a pear"))
-    answers = cohort.ask(REVEAL, cohort.members(1), lambda number: None)
+    answers = dict(cohort.ask(REVEAL, cohort.members(1)))
     assert answers == {0: Failure("expected an apple, got a pear")}
 
 
@@ -156,7 +156,7 @@ def test_an_error_about_the_task_is_sent_with_its_text() -> None:
 def test_an_error_about_photos_is_sent_without_its_text(error: Exception) -> None:
     """The name of a photo is private."""
     cohort = broken(error)
-    fault = cohort.ask(REVEAL, cohort.members(1), lambda number: None)[0]
+    fault = dict(cohort.ask(REVEAL, cohort.members(1)))[0]
     assert isinstance(fault, Failure)
     assert type(error).__name__ in fault.reason and "beach" not in fault.reason
 
@@ -193,10 +193,9 @@ def test_duplicate_and_foreign_replies_are_ignored() -> None:
     """One reply per member, the first from the node that was asked."""
     mine, late = (to_record(to_message(Refusal(device=name, reason="no"))) for name in ("mine", "late"))
     script = iter([[(0, 99, late), (0, 7, mine), (0, 7, late)], [(1, 8, Error(5, "gone"))]])
-    cohort, heard = GridCohort(ScriptedGrid([8, 7], script)), []
-    answers = cohort.ask(REVEAL, cohort.members(2), heard.append)
-    assert answers == {0: Refusal(device="mine", reason="no"), 1: Failure("gone")}
-    assert heard == [0, 1]
+    cohort = GridCohort(ScriptedGrid([8, 7], script))
+    answers = list(cohort.ask(REVEAL, cohort.members(2)))
+    assert answers == [(0, Refusal(device="mine", reason="no")), (1, Failure("gone"))]
 
 
 def test_every_member_has_an_entry_even_without_a_usable_reply() -> None:
@@ -204,7 +203,7 @@ def test_every_member_has_an_entry_even_without_a_usable_reply() -> None:
     trained = to_record(to_message(TrainResult(device="d", payload=b"p", seconds_protect=0.0)))
     script = iter([[(0, 1, trained), (1, 2, RecordDict())]])
     cohort = GridCohort(ScriptedGrid([-1, 1, 2, 3], script), answer_within=0.2)
-    answers = cohort.ask(REVEAL, cohort.members(4), lambda number: None)
+    answers = dict(cohort.ask(REVEAL, cohort.members(4)))
     reasons = [answer.reason for _, answer in sorted(answers.items()) if isinstance(answer, Failure)]
     words = (
         "no longer connected (node -1)",
