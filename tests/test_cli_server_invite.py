@@ -89,6 +89,21 @@ def test_what_cannot_be_invited_to_is_one_sentence(fedface: Callable, server: Pa
     assert invited(fedface, "kitchen", experiment).address == "localhost:8443"
 
 
+def test_many_devices_are_invited_at_once(fedface: Callable, server: Path, experiment: Path) -> None:
+    """A table for a mail merge; one name that cannot be invited, and no device is."""
+    result = fedface("invite", "server", "hall", "attic", experiment, "--csv", "codes.csv")
+    assert result.code == 0 and "FEDFACE1" not in result.out and "2 invitations to tiny" in result.out
+    header, *rows = [line.split(",") for line in Path("codes.csv").read_text().splitlines()]
+    assert header == ["device", "code", "expires"] and [row[0] for row in rows] == ["hall", "attic"]
+    first, second = (Invite.from_code(row[1]) for row in rows)
+    assert first.plan == second.plan and first.token != second.token
+    assert os.stat("codes.csv").st_mode & 0o077 == 0
+    before = sorted((server / "invites").iterdir())
+    assert "twice" in fedface("invite", "server", "cellar", "hall", "Hall", experiment).sentence
+    assert "exists" in fedface("invite", "server", "cellar", experiment, "--csv", "codes.csv").sentence
+    assert sorted((server / "invites").iterdir()) == before
+
+
 def test_a_changed_experiment_is_another_plan(fedface: Callable, server: Path, experiment: Path) -> None:
     """An owner who admitted one is asked again. So is a ranking of models, to which devices can be invited too."""
     first = fedface("publish", "server", experiment).out

@@ -72,17 +72,22 @@ def renew(
 )
 def invite(
     folder: FolderArgument,
-    device: DeviceArgument,
+    devices: Annotated[list[str], typer.Argument(help="Names of your choice, one for each device.")],
     experiment: ExperimentArgument,
     set: SetOption = None,
     rank: RankOption = None,
     days: Annotated[int, typer.Option(min=1, max=365, help="How long it is valid.")] = 7,
     qr: Annotated[bool, typer.Option(help="Also print it as a QR code.")] = True,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write the codes to this new file, readable only by you, instead.")
+    ] = None,
 ) -> None:
-    """Print a code with which a device finds this server, trusts it, and enrols once."""
+    """Print for each device a code with which it finds this server, trusts it, and enrols once."""
     from fedface.cli.server_plans import server_invite
 
-    server_invite(folder.expanduser(), device, run_request(experiment, set, rank), days=days, qr=qr)
+    run = run_request(experiment, set, rank)
+    table = None if csv is None else csv.expanduser()
+    server_invite(folder.expanduser(), devices, run, days=days, qr=qr, table=table)
 
 
 @server.command("publish", epilog=example("fedface server publish ~/fedface-server family.yaml"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography.hazmat.primitives import hashes
 
-from fedface.atomic_io import replace_bytes, replace_text
+from fedface.atomic_io import create_bytes, replace_bytes, replace_text
 from fedface.cli.console import say
 from fedface.cli.options import RunRequest
 from fedface.cli.server_certificates import read_certificate
@@ -23,6 +24,7 @@ from fedface.errors import ConfigError
 from fedface.experiment import Experiment, RemoteDevices, for_ranking, read_experiment
 from fedface.messages.invite import Invite
 from fedface.messages.run_plan import RunPlan, SignedPlan
+from fedface.number_format import counted
 
 
 def read_plan(run: RunRequest) -> tuple[Experiment, RunPlan]:
@@ -69,46 +71,81 @@ def server_publish(folder: Path, run: RunRequest) -> None:
     say(f"give owners this hash; they admit it with: fedface device admit device.yaml {signed.hash}")
 
 
-def server_invite(folder: Path, device: str, run: RunRequest, *, days: int, qr: bool) -> None:
-    """Invite one device: print a code that enrols it once.
+def server_invite(
+    folder: Path,
+    devices: Sequence[str],
+    run: RunRequest,
+    *,
+    days: int,
+    qr: bool,
+    table: Path | None,
+) -> None:
+    """Invite devices: print for each a code that enrols it once, or write all codes to a new CSV file.
 
     Raises:
-        ConfigError: The name is invalid or a registered device's, or as for `publish`.
+        ConfigError: A name is invalid, repeated or a registered device's, the file exists, or as for `publish`.
     """
-    if not NAME.fullmatch(device):
-        raise ConfigError(
-            f"device: expected a name of letters, digits, '-', '_' and '.', 80 at most, got {device!r:.90}"
-        )
-    _check_free(folder, device)
+    _check_names(folder, devices)
     signed = publish(folder, run)
     certificate = read_certificate(folder / "certificates/ca.crt")
-    invite = Invite(
-        address=read_ports(folder).address,
-        authority=certificate.fingerprint(hashes.SHA256()),
-        operator=operator_key(folder).public_key().public_bytes_raw(),
-        plan=bytes.fromhex(signed.hash),
-        token=secrets.token_bytes(16),
-    )
-    for path, known in open_invites(folder).items():
-        if known.device.casefold() == device.casefold():
-            path.unlink()
-            say(f"the earlier invitation of {device} is no longer valid")
     expires = datetime.now(UTC) + timedelta(days=days)
-    record = InviteRecord(device=device, expires=expires.isoformat(timespec="seconds"))
-    replace_text(folder / INVITES / f"{invite.token_hash}.json", dumps(record))
-    say(f"Invitation of device {device} to {signed.plan.name}, valid once and until {expires:%Y-%m-%d}.")
-    say("Give it to the device's owner alone, who runs: fedface device join CODE")
-    print(f"\n{invite.code()}\n")
-    if qr:
-        _print_qr(invite.code())
+    invites = {
+        device: Invite(
+            address=read_ports(folder).address,
+            authority=certificate.fingerprint(hashes.SHA256()),
+            operator=operator_key(folder).public_key().public_bytes_raw(),
+            plan=bytes.fromhex(signed.hash),
+            token=secrets.token_bytes(16),
+        )
+        for device in devices
+    }
+    if table is not None:
+        rows = [f"{device},{invite.code()},{expires:%Y-%m-%d}\n" for device, invite in invites.items()]
+        create_bytes(table, "".join(["device,code,expires\n", *rows]).encode())
+    _replace_records(folder, invites, expires)
+    valid = f"valid once and until {expires:%Y-%m-%d}"
+    if table is not None:
+        say(f"{counted(len(invites), 'invitation')} to {signed.plan.name} in {table}, each {valid}.")
+        say("Give each owner the code of their device alone; they run: fedface device join CODE")
+        return
+    for device, invite in invites.items():
+        say(f"Invitation of device {device} to {signed.plan.name}, {valid}.")
+        say("Give it to the device's owner alone, who runs: fedface device join CODE")
+        print(f"\n{invite.code()}\n")
+        if qr:
+            _print_qr(invite.code())
 
 
-def _check_free(folder: Path, device: str) -> None:
-    """Raise ConfigError if a device of this name is registered and was not revoked."""
-    if any(known.name.casefold() == device.casefold() for known in read_devices(folder)):
+def _check_names(folder: Path, devices: Sequence[str]) -> None:
+    """Raise ConfigError unless every device can be invited; one that was revoked can be."""
+    registered = {known.name.casefold() for known in read_devices(folder)}
+    states: dict[str, str | None] = {}
+    if registered & {device.casefold() for device in devices}:
         states = {str(row["name"]).casefold(): row["state"] for row in device_rows(folder)}
-        if states.get(device.casefold()) != "revoked":
+    seen = set()
+    for device in devices:
+        if not NAME.fullmatch(device):
+            raise ConfigError(
+                f"device: expected a name of letters, digits, '-', '_' and '.', 80 at most, got {device!r:.90}"
+            )
+        key = device.casefold()
+        if key in seen:
+            raise ConfigError(f"device: the name {device} is twice in the list; no device was invited")
+        if key in registered and states.get(key) != "revoked":
             raise ConfigError(f"a device {device} is registered already; choose another name, or revoke it")
+        seen.add(key)
+
+
+def _replace_records(folder: Path, invites: Mapping[str, Invite], expires: datetime) -> None:
+    """Store the new invitations, and remove the earlier ones of the same devices."""
+    names = {device.casefold() for device in invites}
+    for path, known in open_invites(folder).items():
+        if known.device.casefold() in names:
+            path.unlink()
+            say(f"the earlier invitation of {known.device} is no longer valid")
+    for device, invite in invites.items():
+        record = InviteRecord(device=device, expires=expires.isoformat(timespec="seconds"))
+        replace_text(folder / INVITES / f"{invite.token_hash}.json", dumps(record))
 
 
 def _print_qr(code: str) -> None:

@@ -233,6 +233,7 @@ def _ended(name: str, row: dict[str, Any]) -> int:
             say(f"run {name} was stopped; the same command continues it")
             return STOPPED
         case _:
+            reason = failure_of(row).rstrip(".")
             raise FederationError(
-                f"run {name} failed: {failure_of(row)}. Finished rounds are stored; the same command continues it"
+                f"run {name} failed: {reason}. Finished rounds are stored; the same command continues it"
             )
