@@ -87,6 +87,7 @@ def test_a_later_plan_is_admitted_with_its_cost(
     listed = json.loads(fedface("plans", device, "--json").out)
     assert sorted(each["run"] for each in listed) == ["cheap", "tiny"]
     assert all(each["fits"] and each["price"]["unit"] == "photo" for each in listed)
+    assert "2 rounds of 2 steps on this device" in listed[0]["description"]["Training"]
     (costly,) = [each["price"]["upper"] for each in listed if each["run"] == "tiny"]
     assert costly > next(each["price"]["upper"] for each in listed if each["run"] == "cheap")
     shown = " ".join(fedface("plans", device).out.split())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.options import JsonOption, example
+from fedface.cli.options import JsonOption, OpenBrowserOption, PortOption, example
 from fedface.privacy_units import UNITS
 
 device = typer.Typer(
@@ -96,6 +96,16 @@ def status(device: DeviceArgument = DEVICE, json_out: JsonOption = False) -> Non
     from fedface.cli.device_status import device_status
 
     device_status(device, json_out)
+
+
+@device.command("web", epilog=example("fedface device web"))
+def web(
+    device: DeviceArgument = DEVICE, port: PortOption = 0, open_browser: OpenBrowserOption = False
+) -> None:
+    """Show this device in a browser: state, what left, what is left of the budget, and a pause button."""
+    from fedface.cli.device_web import device_web
+
+    device_web(device, port, open_browser=open_browser)
 
 
 @device.command("check", epilog=example("fedface device check"))

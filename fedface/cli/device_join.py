@@ -19,7 +19,7 @@ from fedface.aggregation.payload import HomomorphicConfig
 from fedface.atomic_io import create_bytes, locked_folder, replace_bytes
 from fedface.cli.console import cell, note, say
 from fedface.cli.device_service import install_service
-from fedface.cli.run_plan_text import describe_budget, plan_event, plan_price, plan_table
+from fedface.cli.run_plan_text import plan_event, plan_price, plan_table
 from fedface.device.config import KEY_FILE, PLANS_FOLDER, check_name, filled_device_file
 from fedface.device.node_key import node_public_key
 from fedface.errors import ConfigError, FedfaceError
@@ -192,7 +192,7 @@ def _decide(plan: RunPlan, answers: Answers) -> tuple[Path, str, DevicePolicy]:
     say(
         "The privacy budget is for all runs together, as long as you keep these photos; smaller is more private."
     )
-    say(cell(describe_budget(policy.budgets[0])))
+    say(cell(policy.budgets[0].meaning()))
     policy = answers.get(
         answers.epsilon,
         "Budget (Enter: enough for this run, and for one round again after a crash)",

@@ -15,7 +15,7 @@ from fedface.cli.device_log import confirm
 from fedface.cli.device_status import existing_device
 from fedface.cli.policy_report import PolicyReport
 from fedface.cli.policy_verdicts import Request, judge
-from fedface.cli.run_plan_text import plan_price, plan_table
+from fedface.cli.run_plan_text import describe_plan, plan_price, plan_table
 from fedface.config import text_of
 from fedface.device.config import DeviceConfig
 from fedface.device.device import admitted_plans
@@ -96,6 +96,7 @@ def device_plans(device: Path, remove: str | None, json_out: bool) -> None:
                 {
                     "hash": plan_hash, "run": plan.name, "question": plan.question, "price": price.to_record(),
                     "fits": fits, "verdict": why,
+                    "description": dict(describe_plan(plan, delta=policy.delta, unit=policy.unit)),
                 }
                 for plan_hash, plan, price, fits, why in found
             ]

@@ -29,6 +29,10 @@ RankOption = Annotated[
 CheckpointOption = Annotated[
     Path | None, typer.Option(help="A checkpoint (.safetensors); default: the bundled one.")
 ]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: any free one.")]
+OpenBrowserOption = Annotated[
+    bool, typer.Option("--open/--no-open", help="Open the page in this computer's browser.")
+]
 METHOD_NAMES = (
     "pulse", "pulse-encoder-init", "hmc", "guided-flow", "style-encoder", "super-resolution", "bicubic", "nearest",
 )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.table import Table
 
 from fedface import number_format
@@ -13,7 +11,6 @@ from fedface.measurements import Epsilon
 from fedface.messages.run_plan import RunPlan
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import convert_unit
-from fedface.privacy.budget import Budget
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
 from fedface.privacy_units import Unit, describe_unit
@@ -22,6 +19,13 @@ from fedface.privacy_units import Unit, describe_unit
 def plan_table(plan: RunPlan, *, delta: float, unit: Unit) -> Table:
     """A plan as rows of a heading and a sentence, its cost at a device's delta and unit."""
     table = Table.grid("heading", "sentence", padding=(0, 2, 0, 0))
+    for heading, sentence in describe_plan(plan, delta=delta, unit=unit):
+        table.add_row(heading, cell(sentence))
+    return table
+
+
+def describe_plan(plan: RunPlan, *, delta: float, unit: Unit) -> list[tuple[str, str]]:
+    """Headings and sentences, as for `plan_table`."""
     rows = [("Run", f"{plan.name}: {plan.question}")]
     if plan.training is not None:
         objective = {"generator": "generates faces", "upsampler": "makes low-resolution faces sharp"}
@@ -53,9 +57,7 @@ def plan_table(plan: RunPlan, *, delta: float, unit: Unit) -> Table:
     price = plan_price(plan, delta=delta, unit=unit)
     rows.append(("Privacy cost", f"{price}, for the whole run"))
     rows.append(("Privacy unit", describe_unit(unit)))
-    for heading, sentence in rows:
-        table.add_row(heading, cell(sentence))
-    return table
+    return rows
 
 
 def plan_event(plan: RunPlan, unit: Unit) -> Event:
@@ -66,18 +68,6 @@ def plan_event(plan: RunPlan, unit: Unit) -> Event:
 def plan_price(plan: RunPlan, *, delta: float, unit: Unit) -> Epsilon:
     """What a run of this plan costs by itself, computed here from its noise, rates and steps."""
     return epsilon_of(plan_event(plan, unit), delta, unit=unit)
-
-
-def describe_budget(budget: Budget) -> str:
-    """What a budget bounds, in one sentence: the posterior of even odds, e^epsilon / (1 + e^epsilon)."""
-    sure = number_format.at_most_percent(1 / (1 + math.exp(-budget.epsilon))).replace(
-        number_format.SPACE, " "
-    )
-    return (
-        f"Epsilon {budget.epsilon:g}: an observer of everything that leaves, who gives even odds that one "
-        f"{budget.unit} is among yours, can become at most {sure} sure (except with probability "
-        f"{number_format.format_delta(budget.delta)})."
-    )
 
 
 def _noise(dp: DPParameters) -> str:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import webbrowser
 from threading import Timer
-from typing import Annotated
-
-import typer
 
 from fedface.cli.console import say
-from fedface.cli.options import CheckpointOption, DetectorOption
+from fedface.cli.options import CheckpointOption, DetectorOption, OpenBrowserOption, PortOption
 
 
 def web(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: any free one.")] = 0,
+    port: PortOption = 0,
     checkpoint: CheckpointOption = None,
     detector: DetectorOption = None,
-    open_browser: Annotated[
-        bool, typer.Option("--open/--no-open", help="Open the page in this computer's browser.")
-    ] = False,
+    open_browser: OpenBrowserOption = False,
 ) -> None:
     """Serve a web page for upsampling on this computer only.
 

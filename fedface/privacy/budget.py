@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from fedface.number_format import format_delta
+from fedface.number_format import SPACE, at_most_percent, format_delta
 from fedface.privacy.privacy_target import Delta
 from fedface.privacy_units import Unit
 from fedface.validation import Above, checked
@@ -30,6 +30,15 @@ class Budget:
     def period(self) -> str:
         """Over which time it counts, in words."""
         return "for life" if self.days is None else f"in any {self.days:g} days"
+
+    def meaning(self) -> str:
+        """What it bounds, in one sentence: the posterior of even odds, e^epsilon / (1 + e^epsilon)."""
+        sure = at_most_percent(1 / (1 + math.exp(-self.epsilon))).replace(SPACE, " ")
+        return (
+            f"Epsilon {self.epsilon:g}: an observer of everything that leaves, who gives even odds that one "
+            f"{self.unit} is among yours, can become at most {sure} sure (except with probability "
+            f"{format_delta(self.delta)})."
+        )
 
     def __str__(self) -> str:
         """Its epsilon with its delta, unit and period."""

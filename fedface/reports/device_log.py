@@ -216,8 +216,33 @@ def make_log(
 
 def render(log: DeviceLog) -> str:
     """The page as HTML text; takes about a second for each point of its curves."""
-    source = TEMPLATE.read_text(encoding="utf-8")
-    style = source.partition("<style>")[2].partition("</style>")[0]
+    life = log.budgets[0]
+    return (
+        page_environment()
+        .from_string(TEMPLATE.read_text(encoding="utf-8"))
+        .render(
+            log=log,
+            mark=PAGE_MARK,
+            style_hash=style_hash(page_style()),
+            created=moment(log.now.isoformat()),
+            life=life,
+            unbounded=math.inf,
+            charts=[_chart(log.history, budget, log.now) for budget in log.budgets] if log.history else [],
+            days=[each.when()[0] for each in log.records if isinstance(each.record, Transmission)],
+            unit=describe_unit(life.spent.unit),
+            sure=number_format.percent(1 / (1 + math.exp(-life.spent.upper))),
+            one_in=number_format.one_in(life.spent.delta),
+            kinds=device_log_text.kinds(log.transmissions),
+            what_left=device_log_text.what_left(log.transmissions, log.device),
+            never_left=device_log_text.never_left(log.transmissions, log.without_noise),
+            not_covered=device_log_text.not_covered(log.without_noise),
+            withdrawals={run: moment(when) for run, when in log.withdrawn.items()},
+        )
+    )
+
+
+def page_environment() -> Environment:
+    """For templates of an owner's pages."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -226,25 +251,17 @@ def render(log: DeviceLog) -> str:
         shown=number_format.format_epsilon,
         whole=lambda text: re.sub(r"(?<=\de)-(?=\d)", MINUS, text),
     )
-    life = log.budgets[0]
-    return environment.from_string(source).render(
-        log=log,
-        mark=PAGE_MARK,
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        created=moment(log.now.isoformat()),
-        life=life,
-        unbounded=math.inf,
-        charts=[_chart(log.history, budget, log.now) for budget in log.budgets] if log.history else [],
-        days=[each.when()[0] for each in log.records if isinstance(each.record, Transmission)],
-        unit=describe_unit(life.spent.unit),
-        sure=number_format.percent(1 / (1 + math.exp(-life.spent.upper))),
-        one_in=number_format.one_in(life.spent.delta),
-        kinds=device_log_text.kinds(log.transmissions),
-        what_left=device_log_text.what_left(log.transmissions, log.device),
-        never_left=device_log_text.never_left(log.transmissions, log.without_noise),
-        not_covered=device_log_text.not_covered(log.without_noise),
-        withdrawals={run: moment(when) for run, when in log.withdrawn.items()},
-    )
+    return environment
+
+
+def page_style() -> str:
+    """The style sheet of an owner's pages."""
+    return TEMPLATE.read_text(encoding="utf-8").partition("<style>")[2].partition("</style>")[0]
+
+
+def style_hash(style: str) -> str:
+    """By which a content security policy allows a style sheet, and no other."""
+    return base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
 
 
 def _chart(history: Sequence[LedgerRecord], budget: BudgetStatus, now: datetime) -> dict[str, Any]:

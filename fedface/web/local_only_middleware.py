@@ -7,7 +7,7 @@ Other pages are refused: by the Host header (DNS rebinding), by the Origin heade
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 Message = MutableMapping[str, Any]
@@ -32,12 +32,26 @@ def accepted_hosts(port: int) -> tuple[str, ...]:
     return tuple(f"{name}:{port}" for name in names) + (names if port == 80 else ())
 
 
+def refusal(method: str, headers: Sequence[tuple[str, str]], port: int) -> str | None:
+    """Why a request is not of the page at this port in a browser on this computer; None if it is."""
+    accepted = accepted_hosts(port)
+    hosts = [value.lower() for name, value in headers if name.lower() == "host"]
+    origins = [value.lower() for name, value in headers if name.lower() == "origin"]
+    if len(hosts) != 1 or hosts[0] not in accepted:
+        return f"This page is available only at http://{accepted[0]}/."
+    safe = method in ("GET", "HEAD")
+    if (origins or not safe) and (
+        len(origins) != 1 or origins[0] not in [f"http://{host}" for host in accepted]
+    ):
+        return "Requests from other pages are refused."
+    return None
+
+
 class LocalOnlyMiddleware:
     """Refuses requests from elsewhere, and adds headers that keep other pages from using the responses."""
 
     def __init__(self, app: Application, *, port: int) -> None:
-        self._app, self._hosts = app, accepted_hosts(port)
-        self._origins = tuple(f"http://{host}" for host in self._hosts)
+        self._app, self._port = app, port
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Forward or refuse one request."""
@@ -52,28 +66,24 @@ class LocalOnlyMiddleware:
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
-        refusal = self._refusal(scope)
-        if refusal is None:
+        reason = self._refusal(scope)
+        if reason is None:
             await self._app(scope, receive, send_with_headers)
             return
         headers = [(b"content-type", b"application/json")]
         await send_with_headers({"type": "http.response.start", "status": 403, "headers": headers})
         await send_with_headers(
-            {"type": "http.response.body", "body": json.dumps({"error": refusal}).encode()}
+            {"type": "http.response.body", "body": json.dumps({"error": reason}).encode()}
         )
 
     def _refusal(self, scope: Message) -> str | None:
         headers = [
             (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]
         ]
-        hosts = [value.lower() for name, value in headers if name == "host"]
-        origins = [value.lower() for name, value in headers if name == "origin"]
+        if (elsewhere := refusal(scope["method"], headers, self._port)) is not None:
+            return elsewhere
         sites = [value.lower() for name, value in headers if name == "sec-fetch-site"]
-        if len(hosts) != 1 or hosts[0] not in self._hosts:
-            return f"This page is available only at http://{self._hosts[0]}/."
         safe = scope["method"] in ("GET", "HEAD")
-        if (origins or not safe) and (len(origins) != 1 or origins[0] not in self._origins):
-            return "Requests from other pages are refused."
         lengths = [value for name, value in headers if name == "content-length"]
         counted = len(lengths) == 1 and lengths[0].isdigit() and int(lengths[0]) <= MAX_REQUEST
         if not safe and scope["path"] != "/photo" and not counted:
