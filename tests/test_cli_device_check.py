@@ -101,9 +101,16 @@ def removed_plan(device: Path) -> None:
         plan.unlink()
 
 
+def damaged_plan(device: Path) -> None:
+    """A plan of another version, or of a disk that lost it."""
+    for plan in (device.parent / "state" / "plans").iterdir():
+        plan.write_bytes(plan.read_bytes()[:-9])
+
+
 @pytest.mark.parametrize(
     ("change", "heading", "words"),
     [
+        (damaged_plan, "policy", "state/plans/"),
         (lambda device: (device.parent / "state" / "sum.key").unlink(), "sum.key", "copy it from another device"),
         (another_key, "sum.key", "does not fit the encryption of the run tiny"),
         (lambda device: (device.parent / "state" / "sum.key").chmod(0o644), "sum.key", "others may read this key"),

@@ -17,8 +17,11 @@ from command_line import caller
 
 from fedface.cli import device_start
 from fedface.cli.child_processes import started_function
+from fedface.cli.device_start import check_registration
 from fedface.cli.server_certificates import make_certificates
 from fedface.device.node_key import node_public_key
+from fedface.errors import FederationError
+from fedface.privacy.ledger import Ledger
 
 FILE = "name: kitchen\nphotos: photos\nstate: state\nserver: SERVER\npolicy: {max_epsilon: 8, delta: 1e-6}\n"
 
@@ -136,3 +139,30 @@ def test_a_supernode_that_ends_is_named_with_its_words(  # type: ignore[no-untyp
     words = "flower-supernode ended with exit code 1: Exit Code: 305 the key is unknown"
     assert words in fedface("device.yaml").sentence
     assert not list((home / "state").glob("*.secret"))
+
+
+def test_a_revoked_device_says_so(server: type[Clock], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SuperNode ends itself as by Ctrl-C when the server no longer knows it."""
+
+    def ending(arguments: list[str], needed: list[Path]) -> None:
+        with socket.create_server(("127.0.0.1", int(arguments[arguments.index("--port") + 1]))):
+            time.sleep(1)
+        os.write(1, b"INFO : SuperNode terminated gracefully.\n")
+
+    monkeypatch.setattr(device_start, "_run_supernode", ending)
+    with pytest.raises(FederationError, match="no longer accepts this device: its operator has revoked it"):
+        check_registration(home / "device.yaml")
+
+
+def test_an_older_ledger_that_was_restored_is_noticed_at_the_start(  # type: ignore[no-untyped-def]
+    fedface, server: type[Clock], home: Path
+) -> None:
+    """Before the server sees this device."""
+    path = home / "state" / "ledger.sqlite"
+    with Ledger.open(path) as ledger:
+        ledger.withdraw("one")
+    backup = path.read_bytes()
+    with Ledger.open(path) as ledger:
+        ledger.withdraw("another")
+    path.write_bytes(backup)
+    assert "was rolled back or replaced" in fedface("device.yaml").sentence

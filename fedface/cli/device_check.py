@@ -54,9 +54,12 @@ def _checks(path: Path, state: DeviceState) -> Iterator[Check]:
     yield "photos", lambda: _photos(state)
     yield "state", lambda: _state(state)
     plans = admitted_plans(config)
-    admitted = {} if plans is None else plans.read()
-    yield "policy", lambda: _policy(state, None if plans is None else list(admitted.values()))
-    yield "sum.key", lambda: _sum_key(state, list(admitted.values()))
+
+    def admitted() -> list[RunPlan] | None:
+        return None if plans is None else list(plans.read().values())
+
+    yield "policy", lambda: _policy(state, admitted())
+    yield "sum.key", lambda: _sum_key(state, admitted() or [])
     yield "disk", lambda: _disk(config.state)
 
 

@@ -59,6 +59,7 @@ def device_start(path: Path) -> None:
 
     Raises:
         ConfigError: The device file or one of its files is wrong, or this version of Flower is not supported.
+        LedgerError: The ledger is damaged or was rolled back.
         FederationError: The server cannot be reached, or the SuperNode ended.
     """
     # In a process that ends: what reads a policy needs 70 MB, and a waiting device does without.
@@ -90,12 +91,14 @@ def device_start(path: Path) -> None:
 def _checked(path: Path) -> Setup:
     """A device file, of a device that could work with its server; creates folders that code which sees photos needs."""
     from fedface.device.config import LEDGER_FILE, PAUSED_FILE, check_state_folder, read_device_config
+    from fedface.device.state import device_state
     from fedface.photos.photo_index import default_cache
 
     config = read_device_config(path)
     check_files(path, config.certificate, config.node_key)
     check_server(path, config.server, config.certificate)
     check_state_folder(path, config.state)
+    device_state(path).ledger.read()
     index = default_cache(config.photos).parent
     for folder in (index, config.state / TEMPORARY):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -225,6 +228,8 @@ def _run_supernode(arguments: list[str], needed: list[Path]) -> None:
 
 def _why_ended(node: Child, server: str) -> str:
     """With what an owner can do where the server does not accept the device."""
+    if not node.running and "terminated gracefully" in node.output():
+        return f"{server} no longer accepts this device: its operator has revoked it, or a clock was set"
     unknown = (
         "; ask the server's operator to register this device's public key, and after a crash wait a minute"
     )

@@ -169,7 +169,10 @@ class AdmittedPlans:
         """
         plans = {}
         for path in sorted(self.folder.glob("*.plan")):
-            signed = SignedPlan.from_bytes(path.read_bytes(), self.operator)
+            try:
+                signed = SignedPlan.from_bytes(path.read_bytes(), self.operator)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from error
             if signed.hash != path.stem:
                 raise ConfigError(f"{path}: has the hash {signed.hash}; its owner has not admitted it")
             plans[signed.hash] = signed.plan
