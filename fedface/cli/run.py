@@ -19,6 +19,9 @@ def run(
         Path | None, typer.Option(help="Folder of the run; default: runs/NAME, or the next free one.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="How many devices work at a time; default: one per core.")
+    ] = None,
     set: SetOption = None,
     json_out: JsonOption = False,
 ) -> None:
@@ -47,7 +50,7 @@ def run(
             initialize_run(recipe, folder)
         record = run_experiment(
             recipe,
-            in_process_cohort(recipe, devices_folder(folder)),
+            in_process_cohort(recipe, devices_folder(folder), workers),
             folder,
             progress=bars,
             command=command_line("run", experiment, photos, changes),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,7 +52,7 @@ def flatten_tensors(tensors: Sequence[Tensor]) -> Vector:
 
 def assign_tensors(vector: Vector, tensors: Sequence[Tensor], what: str) -> None:
     """Write a flat vector into tensors; raises WeightsError where they have another number of `what`."""
-    _check_count(vector, tensors, what)
+    _check_count(vector, _count(tensors), what)
     with torch.no_grad():
         for part, values in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):  # type: ignore[no-untyped-call]
             part.copy_(values.reshape(part.shape))
@@ -92,10 +93,9 @@ def model_from_vectors(architecture: Architecture, weights: Vector, buffers: Vec
         WeightsError: The architecture has another number of weights or of values in buffers.
     """
     try:
-        with torch.device("meta"):
-            planned = build_model(architecture).modules()
-        _check_count(buffers, _buffers(*planned), "numbers in buffers")
-        _check_count(weights, sorted_parameters(*planned), "weights")
+        numbers, trainable = _sizes(architecture)
+        _check_count(buffers, numbers, "numbers in buffers")
+        _check_count(weights, trainable, "weights")
         model = build_model(architecture, torch.Generator())
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise WeightsError(
@@ -106,8 +106,19 @@ def model_from_vectors(architecture: Architecture, weights: Vector, buffers: Vec
     return model
 
 
-def _check_count(vector: Vector, parts: Sequence[Tensor], what: str) -> None:
-    expected = sum(part.numel() for part in parts)
+@lru_cache(maxsize=16)
+def _sizes(architecture: Architecture) -> tuple[int, int]:
+    """How many numbers in buffers and how many weights its networks have; allocates no memory for them."""
+    with torch.device("meta"):
+        planned = build_model(architecture).modules()
+    return _count(_buffers(*planned)), _count(sorted_parameters(*planned))
+
+
+def _count(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _check_count(vector: Vector, expected: int, what: str) -> None:
     if vector.shape != (expected,):
         raise WeightsError(
             f"these networks have {expected} {what}, got a vector of shape {tuple(vector.shape)}"

@@ -77,7 +77,6 @@ def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0
             assert_never(devices)
 
 
-@lru_cache(maxsize=64)
 def device_photos(experiment: Experiment, number: int, size: int) -> Images:
     """The photos of one device, (n, 3, size, size), rendered or read. Raises FederationError for remote devices."""
     devices = experiment.devices

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from fedface.aggregation.homomorphic import make_keys
+from fedface.atomic_io import replace_bytes
 from fedface.device.device import Device
 from fedface.errors import FederationError
 from fedface.experiment import Experiment, RemoteDevices, SyntheticDevices, devices_folder
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.public_data.device_photos import device_name, device_photos
+from fedface.tensor_types import Images
 from fedface.transport.run_config import read_run_config
 
 
@@ -46,18 +50,25 @@ def simulated_device(experiment: Experiment, number: int, folder: Path) -> Devic
     if not 0 <= number < experiment.devices.count:
         raise FederationError(f"this experiment has {experiment.devices.count} devices, got number {number}")
 
-    devices = experiment.devices
+    devices, state = experiment.devices, folder / device_name(number)
     per_occasion = devices.photos_per_occasion if isinstance(devices, SyntheticDevices) else 1
 
     def photos(size: int) -> DeviceDataset:
-        return DeviceDataset.by_occasion(device_photos(experiment, number, size), per_occasion)
+        return DeviceDataset.by_occasion(_photos(experiment, number, size, state), per_occasion)
 
-    return Device(
-        name=device_name(number),
-        photos=photos,
-        policy=experiment.device_policy(),
-        state=folder / device_name(number),
-    )
+    return Device(name=device_name(number), photos=photos, policy=experiment.device_policy(), state=state)
+
+
+def _photos(experiment: Experiment, number: int, size: int, state: Path) -> Images:
+    """Synthetic photos are rendered once and then read from the device's folder, where they take no memory."""
+    if not isinstance(experiment.devices, SyntheticDevices):
+        return device_photos(experiment, number, size)
+    path = state / f"photos-{size}-{experiment.digest()}"
+    if not path.exists():
+        replace_bytes(path, device_photos(experiment, number, size).numpy().tobytes())
+    # A private mapping: processes share the pages, and what one of them changes stays with it.
+    stored = torch.from_file(str(path), shared=False, size=path.stat().st_size // 4, dtype=torch.float32)
+    return stored.reshape(-1, 3, size, size)
 
 
 def device_of_partition(number: int, run_config: Mapping[str, object], home: Path) -> Device:

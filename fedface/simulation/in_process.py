@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,18 +31,25 @@ RUN = 1  # a grid in one process has one run
 
 
 class InProcessGrid(Grid):
-    """A Grid without Flower's server: the ClientApp runs in this process, one device per core.
+    """A Grid without Flower's server: the ClientApp runs in this process, `workers` devices at a time.
 
     One thread per device is faster than two per convolution, because small networks cannot use the second. Every
     message and reply is serialised and parsed, so that devices never share an object.
     """
 
-    def __init__(self, app: ClientApp, count: int, config: UserConfig) -> None:
-        """Nodes 1 to `count`, with partitions numbered from 0; `config` is the run config."""
+    def __init__(self, app: ClientApp, count: int, config: UserConfig, workers: int | None = None) -> None:
+        """Nodes 1 to `count`, with partitions numbered from 0.
+
+        Args:
+            config: The run config.
+            workers: How many devices work at a time, >= 1; None: one per core.
+        """
         self._app = app
         self._run = Run.create_empty(RUN)
         self._waiting: dict[str, FlowerMessage] = {}
-        self._cores = usable_cores()
+        self._running: dict[str, Future[FlowerMessage]] = {}
+        self._workers = usable_cores() if workers is None else workers
+        self._pool = ThreadPoolExecutor(self._workers)
         self._contexts = {
             node: Context(
                 RUN, node, {"partition-id": node - 1, "num-partitions": count}, RecordDict(), config
@@ -86,12 +93,25 @@ class InProcessGrid(Grid):
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
-        """Have the devices reply in the order of the messages, as many in parallel as there are cores."""
+        """The next reply, in the order of the messages; meanwhile the devices of the next messages work.
+
+        So no more replies wait than there are workers.
+        """
         ids = set(message_ids)
-        turn = [name for name in self._waiting if name in ids][: self._cores]
-        messages = [self._waiting.pop(name) for name in turn]
-        with ThreadPoolExecutor(self._cores) as pool:
-            return list(pool.map(self._reply_to, messages))
+        # What an earlier request that was given up began may still run; its reply is dropped.
+        self._running = {name: work for name, work in self._running.items() if name in ids or not work.done()}
+        self._begin(ids)
+        turn = next((name for name in self._running if name in ids), None)
+        if turn is None:
+            return []
+        reply = self._running.pop(turn).result()
+        self._begin(ids)
+        return [reply]
+
+    def _begin(self, ids: Collection[str]) -> None:
+        free = max(0, self._workers - len(self._running))
+        for name in [name for name in self._waiting if name in ids][:free]:
+            self._running[name] = self._pool.submit(self._reply_to, self._waiting.pop(name))
 
     def send_and_receive(
         self, messages: Iterable[FlowerMessage], *, timeout: float | None = None
@@ -112,8 +132,11 @@ def _through_wire(message: FlowerMessage) -> FlowerMessage:
     return message_from_proto(WireMessage.FromString(message_to_proto(message).SerializeToString()))
 
 
-def in_process_cohort(experiment: Experiment, folder: Path) -> GridCohort:
+def in_process_cohort(experiment: Experiment, folder: Path, workers: int | None = None) -> GridCohort:
     """All simulated devices of an experiment in this process, prepared in `folder`.
+
+    Args:
+        workers: How many of them work at a time, >= 1; None: one per core.
 
     Raises:
         FederationError: The experiment needs remote devices.
@@ -127,5 +150,5 @@ def in_process_cohort(experiment: Experiment, folder: Path) -> GridCohort:
     def device_for(context: Context) -> Device:
         return simulated_device(experiment, int(context.node_config["partition-id"]), folder)
 
-    grid = InProcessGrid(client_app(device_for), experiment.devices.count, {})
+    grid = InProcessGrid(client_app(device_for), experiment.devices.count, {}, workers)
     return GridCohort(grid, answer_within=math.inf)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NO_PRIVACY, TARGET, SilentProgress, started, tiny_experiment, tiny_gan
+from tiny import NO_PRIVACY, TARGET, SilentProgress, first_device, started, tiny_experiment, tiny_gan
 
 from fedface.aggregation.homomorphic import make_device, make_keys
 from fedface.aggregation.payload import Payload
@@ -36,7 +36,7 @@ from fedface.messages.parsing import read_reply, read_task
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, load_model, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
-from fedface.public_data.device_photos import device_faces
+from fedface.public_data.device_photos import device_faces, device_photos
 from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Vector
 from fedface.training.gan import GanRound
@@ -431,3 +431,17 @@ def test_a_distance_needs_forty_faces_and_reports_it(tmp_path: Path) -> None:
         for n in (39, 40)
     )
     assert isinstance(few, NotMeasured) and isinstance(enough, Interval)
+
+
+def test_photos_of_a_simulated_device_are_rendered_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then they are read from its folder: the same numbers, of which a change by one round reaches no other."""
+    experiment = tiny_experiment(tmp_path)
+    device = first_device(experiment, tmp_path / "devices")
+    rendered = device_photos(experiment, 0, 16)
+    first = device.photos(16).images
+    assert torch.equal(first, rendered)
+    first.zero_()
+    monkeypatch.setattr("fedface.simulation.devices.device_photos", None)
+    assert torch.equal(device.photos(16).images, rendered)

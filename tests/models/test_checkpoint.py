@@ -304,8 +304,11 @@ def test_running_out_of_memory_is_reported_in_one_sentence(
     monkeypatch.setattr("fedface.models.checkpoint.build_model", full)
     assert "cannot be read" in refused(parts)
     with pytest.raises(WeightsError, match="cannot be built on this machine"):
+        never_built = replace(GENERATOR, mapping_layers=3)
         model_from_vectors(
-            GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR), torch.zeros(1), torch.zeros(1)
+            GanArchitecture(generator=never_built, discriminator=DISCRIMINATOR),
+            torch.zeros(1),
+            torch.zeros(1),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -329,3 +330,38 @@ def test_an_interrupted_run_continues(recipe: Path, tmp_path: Path, monkeypatch:
     server_app(InProcessGrid(clients_app, 2, config), context({}, config))
     after = json.loads((order.folder / "state.json").read_text())
     assert after["started"] == started["started"] and len(after["rounds"]) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_devices_work_at_a_time_as_there_are_workers(workers: int) -> None:
+    """Each device waits for the others that may work beside it; no more than that many ever do."""
+    together, most, lock = threading.Barrier(workers), [0, 0], threading.Lock()
+    app = ClientApp()
+
+    @app.query("decrypt")
+    def decrypt(message: FlowerMessage, _: Context) -> FlowerMessage:
+        with lock:
+            most[0] += 1
+            most[1] = max(most)
+        together.wait(20)
+        with lock:
+            most[0] -= 1
+        return FlowerMessage(to_record(to_message(OPENED)), reply_to=message)
+
+    cohort = GridCohort(InProcessGrid(app, 6, {}, workers))
+    replies = list(cohort.ask(REVEAL, cohort.members(6)))
+    assert [number for number, _ in replies] == list(range(6))
+    assert all(isinstance(reply, DecryptResult) for _, reply in replies) and most[1] == workers
+
+
+def test_a_request_that_was_given_up_does_not_hold_up_the_next() -> None:
+    """The server raised after the first reply; its next request gets all replies."""
+    app = ClientApp()
+
+    @app.query("decrypt")
+    def decrypt(message: FlowerMessage, _: Context) -> FlowerMessage:
+        return FlowerMessage(to_record(to_message(OPENED)), reply_to=message)
+
+    cohort = GridCohort(InProcessGrid(app, 3, {}, 2))
+    assert next(cohort.ask(REVEAL, cohort.members(3)))[0] == 0
+    assert [number for number, _ in cohort.ask(REVEAL, cohort.members(3))] == [0, 1, 2]
