@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +133,21 @@ def test_a_new_server_has_a_status(fedface: Callable, server: Path) -> None:
     assert "no run was started here" in fedface("report", "server").sentence
 
 
-def test_the_report_of_an_unfinished_run_is_written(fedface: Callable, server: Path, tmp_path: Path) -> None:
-    """The latest, or the named one; a ranking has a chart."""
+def test_a_run_that_is_going_on_has_a_report_of_its_rounds_so_far(
+    fedface: Callable, server: Path, tmp_path: Path
+) -> None:
+    """Of the latest run, or the named one. A round whose model is not stored yet is left out; a ranking has a chart."""
     run = server / "runs/tiny"
-    state = RunState.read(run)
-    replace(state, rounds=()).save()
     (run / "experiment.yaml").write_text((tmp_path / "tiny.yaml").read_text())
-    assert f"open {run / 'report.html'}" in fedface("report", "server").out
-    assert (run / "report.html").exists()
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with locked_folder(run, "run"):  # by the process that runs it
+        assert f"so far, open {run / 'report-so-far.html'}" in fedface("report", "server").out
+    page = (run / "report-so-far.html").read_text()
+    assert "So far: 0 of 2 rounds, without audits. This run is not finished" in page
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.name in before} == before
+    assert not (run / "report.html").exists() and not (run / "model-card.md").exists()
     assert "no run other was started here" in fedface("report", "server", "other").sentence
+    (run / "metrics.json").write_text('{"records": {"base": {}}, "order": ["base", "other", "third"]}')
+    assert "so far 1 of 3 models are evaluated" in fedface("report", "server", "tiny").out
     (run / "ranking.png").touch()
     assert "ranking.png" in fedface("report", "server", "tiny").out

@@ -90,12 +90,15 @@ def plan(
 
 
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
-    """Write report and model card of a run again; without its audits, if those have not ended."""
+    """Write report and model card of a run again; of an unfinished one, a report of its rounds so far."""
     from fedface.coordinator.run import unaudited_record
     from fedface.reports import html_report, model_card, run_record
 
-    unfinished = (folder / "state.json").exists() and not (folder / run_record.FILE).exists()
-    record = unaudited_record(folder) if unfinished else run_record.read(folder)
+    if (folder / "state.json").exists() and not (folder / run_record.FILE).exists():
+        # The run may be going on in another process: nothing is written that it writes.
+        say(f"so far, open {html_report.write_so_far(unaudited_record(folder), folder)}")
+        return
+    record = run_record.read(folder)
     with locked_folder(folder, "run"):
         model_card.write(record, folder)
         say(f"open {html_report.write(record, folder)}")

@@ -179,7 +179,7 @@ def status(folder: FolderArgument, json_out: JsonOption = False) -> None:
 
 @server.command("report", epilog=example("fedface server report ~/fedface-server family"))
 def report(folder: FolderArgument, run: RunArgument = None) -> None:
-    """Write the report of a run again, also of an unfinished one, and print its path."""
+    """Write the report of a run again, or of its rounds so far while it is not finished, and print its path."""
     from fedface.cli.server_status import server_report
 
     server_report(folder.expanduser(), run)

@@ -78,10 +78,10 @@ def read_status(folder: Path) -> ServerStatus:
 
 
 def server_report(folder: Path, name: str | None) -> None:
-    """Write the report of a run again, also of an unfinished one, and print its path.
+    """Write the report of a run again, or of its rounds so far, and print its path.
 
     Raises:
-        RunError: No such run was started, or it is going on.
+        RunError: No such run was started, or it has no round yet.
     """
     from fedface.cli.run import report
 
@@ -94,6 +94,12 @@ def server_report(folder: Path, name: str | None) -> None:
     place = Path(runs[-1].folder)
     if (place / "ranking.png").exists():
         say(f"open {place / 'ranking.png'}")
+    elif (ranking := place / "metrics.json").exists():
+        stored = read_json(ranking.read_text(encoding="utf-8"))
+        say(
+            f"so far {len(stored['records'])} of {len(stored['order'])} models are evaluated; the ranking is "
+            "written when all are"
+        )
     else:
         report(place)
 

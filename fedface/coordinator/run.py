@@ -163,13 +163,15 @@ def run_experiment(
 
 
 def unaudited_record(folder: Path) -> RunRecord:
-    """The record of a run whose audits have not ended: its rounds, its privacy and what devices measured.
+    """The record of a run that is not finished, and may be going on: its rounds, its privacy, what devices measured.
 
     Raises:
         RunError: There is no run in this folder, or its state is damaged.
         ConfigError: Its experiment cannot be read.
     """
     state = RunState.read(folder)
+    stored = tuple(each for each in state.rounds if weights_path(folder, each.round).exists())
+    state = replace(state, rounds=stored)  # the model of the last one may not be written yet
     experiment = read_experiment(folder / "experiment.yaml")
     last = load_model(weights_path(folder, len(state.rounds)))
     return _record(experiment, experiment.plan(), state, (load_model(weights_path(folder, 0)), last))

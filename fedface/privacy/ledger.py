@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal
@@ -269,11 +269,19 @@ class Ledger:
         there = any(isinstance(charge, RecordedRun) and charge.run == planned.run for charge in charged)
         return compose([] if there else [whole])
 
-    def began_since(self, moment: datetime) -> bool:
-        """Whether a computation was begun after a moment."""
+    def began_within(self, period: timedelta, now: datetime) -> bool:
+        """Whether the last computation began less than a period ago, by the clock at both times.
+
+        One in the future counts if it is nearer than the period: the clock may have been set back since. A clock that
+        was far ahead must not stop a device until then.
+        """
         with self._chain.read_transaction() as page:
             latest = next((record for record in reversed(page.records) if record.kind == Attempt.KIND), None)
-        return latest is not None and latest.time > in_utc(moment)
+        if latest is None:
+            return False
+        attempt = self._decode(latest)
+        assert isinstance(attempt, Attempt)
+        return abs(in_utc(now) - in_utc(datetime.fromisoformat(attempt.clock))) < period
 
     def rounds_that_fit(self, dp: DPParameters, budget: Budget) -> int:
         """How many rounds of a new run a budget has room for now: as one run, or one by one in a period."""
@@ -425,7 +433,8 @@ class Ledger:
                     f"round {round} of {run} was begun {begun} times without a reply, and no repetition is free any "
                     "more; the next request needs a new entry"
                 )
-            page.append(Attempt.KIND, {}, entry=entries[attempt - 1].number)
+            clock = self._time().isoformat(timespec="seconds")
+            page.append(Attempt.KIND, {"clock": clock}, entry=entries[attempt - 1].number)
 
     def store_reply(self, run: str, round: int, body: bytes, *, attempt: int | None = None) -> None:
         """Store the reply to a recorded round; the run's reply before is deleted.

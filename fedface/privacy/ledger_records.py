@@ -160,6 +160,7 @@ class Attempt:
     number: int
     written: str
     entry: int  # number of the LedgerEntry that covers it
+    clock: str  # UTC, ISO 8601: what the clock said, which `written` follows only forward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,7 +169,7 @@ class DevicePolicy:
         self.check_static(planned.dp, purpose, environment=environment)
         here = environment or SystemEnvironment()
         self.conditions.check(here)
-        if self.max_load is not None and ledger.began_since(here.now() - COOLDOWN):
+        if self.max_load is not None and ledger.began_within(COOLDOWN, here.now()):
             # Otherwise a server that repeats its requests learns from the load how long the last work took.
             raise ConditionsNotMet(
                 "a computation began less than 15 minutes ago, and the load may be its own"

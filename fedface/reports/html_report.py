@@ -37,6 +37,7 @@ from fedface.reports.headline_numbers import headline_numbers
 from fedface.reports.run_record import AttackRecord, BiasRecord, RunRecord
 
 FILE = "report.html"
+SO_FAR = "report-so-far.html"  # of a run that is not finished
 TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN = (
     "skin_difference",
@@ -68,11 +69,12 @@ SVG_FONT = re.compile(r"font: ([0-9.]+px) [^;\"]*")
 SVG_ID = re.compile(r' id="(?![mp][0-9a-f]{8,})[^"]*"')
 
 
-def render(record: RunRecord, folder: Path) -> str:
+def render(record: RunRecord, folder: Path, *, so_far: str = "") -> str:
     """The page as HTML text.
 
     Args:
         folder: Contains the record's pictures; a missing one is named on the page.
+        so_far: Of a run that is not finished: how far it is.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -93,6 +95,7 @@ def render(record: RunRecord, folder: Path) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         record=record,
+        so_far=so_far,
         summary=headline_summary.headline_summary(record),
         when=_when(record),
         tiles=headline_numbers(record),
@@ -135,9 +138,18 @@ def render(record: RunRecord, folder: Path) -> str:
 
 
 def write(record: RunRecord, folder: Path) -> Path:
-    """Render the page into the run's folder and return its path."""
+    """Render the page into the run's folder and return its path; one that was written before the end is removed."""
     path = folder / FILE
     replace_text(path, render(record, folder))
+    (folder / SO_FAR).unlink(missing_ok=True)
+    return path
+
+
+def write_so_far(record: RunRecord, folder: Path) -> Path:
+    """Render the page of a run that is not finished, marked as such, and return its path."""
+    path, total = folder / SO_FAR, record.plan.dp_parameters.schedule.rounds
+    so_far = f"{len(record.rounds)} of {number_format.counted(total, 'round')}, without audits"
+    replace_text(path, render(record, folder, so_far=so_far))
     return path
 
 

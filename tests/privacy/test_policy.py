@@ -457,6 +457,20 @@ def test_the_load_of_a_computation_is_not_an_answer(ledger: Ledger) -> None:
     now += timedelta(minutes=16)
     policy.admit(TERMS, PURPOSE, record_run, run="r", round=2, environment=Machine())
 
+    now += timedelta(days=365)  # a clock that is wrong, and set right after the next computation
+    record_run.record_attempt("r", 1, attempt=entry.attempt)
+    now -= timedelta(minutes=5)
+    with pytest.raises(ConditionsNotMet):
+        policy.admit(TERMS, PURPOSE, record_run, run="r", round=2, environment=Machine())
+    now -= timedelta(days=365)
+    policy.admit(TERMS, PURPOSE, record_run, run="r", round=2, environment=Machine())
+    record_run.record_attempt("r", 1, attempt=entry.attempt)  # dated a year ahead, as the record above
+    now += timedelta(minutes=14)
+    with pytest.raises(ConditionsNotMet):
+        policy.admit(TERMS, PURPOSE, record_run, run="r", round=2, environment=Machine())
+    now += timedelta(minutes=2)
+    policy.admit(TERMS, PURPOSE, record_run, run="r", round=2, environment=Machine())
+
 
 def test_a_sampling_rate_below_ten_times_delta_is_refused(ledger: Ledger) -> None:
     """At sigma 0.01 and a rate below delta, epsilon 0.05 is true while those that join are disclosed."""
