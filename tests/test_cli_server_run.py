@@ -101,12 +101,14 @@ def test_the_exit_code_says_how_a_run_ended(fedface: Callable, server: Path) -> 
     end_with(
         server,
         "finished:failed",
-        "ServerApp failed with exception: round 1: too few devices\n (hall: budget)",
+        f"ServerApp failed with exception: round 1: too few devices\n (device 1: gone (node {2**63}))",
     )
+    assert fedface("register", "server", "hall", "a.pub").code == 0
     failed = fedface("run", "server", "tiny.yaml")
     assert failed.code == 2
     assert (
-        "run tiny failed: round 1: too few devices (hall: budget). Finished rounds are stored" in failed.err
+        "run tiny failed: round 1: too few devices (device 1: gone (hall)). Finished rounds are stored"
+        in failed.err
     )
     end_with(server, "finished:stopped")
     assert fedface("run", "server", "tiny.yaml").code == 1
@@ -147,7 +149,7 @@ def test_a_run_whose_serverapp_was_killed_is_started_again(
 ) -> None:
     """After a restart of the server Flower finds that out only after a minute."""
     monkeypatch.setattr(server_run, "_follow", lambda folder, number: server_run.flower_run(folder, number))
-    monkeypatch.setattr(server_run, "_ended", lambda name, row: 0)
+    monkeypatch.setattr(server_run, "_ended", lambda folder, name, row: 0)
     assert fedface("run", "server", "tiny.yaml").code == 0
     monkeypatch.setattr(
         server_run,

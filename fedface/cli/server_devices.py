@@ -95,6 +95,12 @@ def read_devices(folder: Path) -> list[RegisteredDevice]:
     return [load(RegisteredDevice, path) for path in sorted((folder / FOLDER).glob("*.json"))]
 
 
+def with_names(folder: Path, text: str) -> str:
+    """A text of a run in which each node that is a device's is replaced by the operator's name of that device."""
+    names = {f"node {device.node}": device.name for device in read_devices(folder)}
+    return re.sub(r"\bnode \d+\b", lambda node: names.get(node[0], node[0]), text)
+
+
 def server_register(folder: Path, name: str, key: Path) -> None:
     """Register a device whose public key came by hand."""
     node = register_device(folder, name, text_of(key))

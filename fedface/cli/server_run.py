@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from fedface.atomic_io import replace_text
 from fedface.cli.console import one_line, say, warn
 from fedface.cli.options import RunRequest, shell_command
+from fedface.cli.server_devices import with_names
 from fedface.cli.server_flower import FLWR_HOME, check_running, flower, log_lines
 from fedface.cli.server_invites import PLANS
 from fedface.codec import dumps, load
@@ -89,11 +90,11 @@ def server_run(folder: Path, request: RunRequest, runs: Path) -> int:
             say(f"run {name} is going on; Ctrl-C leaves this display, not the run")
             row = _follow(folder, known.flower)
             if DEAD not in str(row["status-details"]):
-                return _ended(name, row)
+                return _ended(folder, name, row)
         _publish(folder, plan)
         number = _start(folder, request, recipe, config.folder)
         say(f"run {name} has begun; Ctrl-C leaves this display, not the run")
-        return _ended(name, _follow(folder, number))
+        return _ended(folder, name, _follow(folder, number))
     except KeyboardInterrupt:
         say(f"run {name} goes on; the same command shows it again, `fedface server stop {folder}` stops it")
         return LEFT
@@ -217,14 +218,14 @@ def _follow(folder: Path, number: str) -> dict[str, Any]:
             ours = (line for line in lines if line.startswith(MARK))
             for count, line in enumerate(ours, start=1):
                 if count > shown:  # the log begins anew when it is asked for again
-                    say(one_line(line.removeprefix(MARK)))
+                    say(one_line(with_names(folder, line.removeprefix(MARK))))
                     shown = count
         if finished(row := flower_run(folder, number)):
             return row
         time.sleep(1)
 
 
-def _ended(name: str, row: dict[str, Any]) -> int:
+def _ended(folder: Path, name: str, row: dict[str, Any]) -> int:
     """The exit code of an ended run. Raises FederationError if it failed."""
     match str(row["status"]):
         case "finished:completed":
@@ -233,7 +234,7 @@ def _ended(name: str, row: dict[str, Any]) -> int:
             say(f"run {name} was stopped; the same command continues it")
             return STOPPED
         case _:
-            reason = failure_of(row).rstrip(".")
+            reason = with_names(folder, failure_of(row)).rstrip(".")
             raise FederationError(
                 f"run {name} failed: {reason}. Finished rounds are stored; the same command continues it"
             )

@@ -80,7 +80,7 @@ class GridCohort:
             if names:
                 waiting[names[0]] = number
             else:
-                yield number, Failure(f"the device is no longer connected (node {self._nodes[number]})")
+                yield number, self._failure(number, "the device is no longer connected")
         wait = _Wait(self._answer_within)
         while waiting:
             replies = list(self._grid.pull_messages(list(waiting)))
@@ -90,14 +90,16 @@ class GridCohort:
                 if number < 0 or from_another:
                     continue
                 del waiting[reply.metadata.reply_to_message_id]
-                yield number, _read(reply, task)
+                answer = _read(reply, task)
+                yield number, self._failure(number, answer.reason) if isinstance(answer, Failure) else answer
             if not replies and wait.over():
                 break
         for number in waiting.values():
-            yield (
-                number,
-                Failure(f"no answer within {self._answer_within:.0f} s (node {self._nodes[number]})"),
-            )
+            yield number, self._failure(number, f"no answer within {self._answer_within:.0f} s")
+
+    def _failure(self, number: int, reason: str) -> Failure:
+        """With the node, by which an operator knows the device."""
+        return Failure(f"{reason} (node {self._nodes[number]})")
 
 
 class _Wait:
