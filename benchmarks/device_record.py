@@ -26,7 +26,7 @@ from fedface.privacy.mechanism import GaussianSum
 
 EVENT = GaussianSum(sigma=6.0, clip_norm=1.0).event()
 METADATA = {
-    "unit": "photo", "neighbours": "add or remove one", "sampler": "poisson", "noise_at": "device",
+    "unit": "photo", "neighbours": "add or remove one", "sampler": "poisson", "noise": "local",
     "noise_multiplier": "6", "clip_norm": "1", "expected_batch_size": "8", "objective": "generator",
     "model": "0" * 64, "recipe": "1" * 64, "protocol": "homomorphic", "training": "gan-training",
 }  # fmt: skip

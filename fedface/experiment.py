@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedface.aggregation.payload import (
     AggregationParameters,
     HomomorphicConfig,
     PlainConfig,
+    fewest_summed,
 )
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.audits.gradient_inversion import FULL_ITERATIONS
@@ -187,13 +189,10 @@ class EvaluationConfig:
     sampling_rate: Annotated[float, In("(0, 1]")] = 1.0
     metrics: LocalMetricsConfig = field(default_factory=LocalMetricsConfig)
 
-    def dp_parameters(self, target: PrivacyTarget, evaluations: int) -> DPParameters:
-        """The least noise with which this many evaluations cost at most their fraction of epsilon."""
-        part = replace(target, epsilon=self.epsilon_fraction * target.epsilon)
-        return metrics_dp_parameters(part, evaluations, self.sampling_rate)
 
-
-def metrics_dp_parameters(target: PrivacyTarget, evaluations: int, sampling_rate: float) -> DPParameters:
+def metrics_dp_parameters(
+    target: PrivacyTarget, evaluations: int, sampling_rate: float, *, honest_devices: int = 0
+) -> DPParameters:
     """The least noise with which this many evaluations, and nothing else, meet a privacy target.
 
     Raises:
@@ -206,7 +205,7 @@ def metrics_dp_parameters(target: PrivacyTarget, evaluations: int, sampling_rate
         expected_batch_size=1,
         clip_norm=1.0,
     )
-    return make_plan(target, schedule).dp_parameters
+    return make_plan(target, schedule, honest_devices=honest_devices).dp_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,10 +277,15 @@ class Experiment:
                     f"got {format_delta(target.delta)}"
                 )
         if target.unit == "library":
-            if not isinstance(self.aggregation, PlainConfig):
+            if target.noise == "central" and not isinstance(self.aggregation, PlainConfig):
                 raise ValueError(
-                    "aggregation must be plain with privacy per library, where the server adds the noise to the sum "
+                    "aggregation must be plain with central noise, where the server adds the noise to the sum "
                     f"and must be able to read it; got {self.aggregation.kind}"
+                )
+            if target.noise == "distributed" and self.aggregation.kind != "masked":
+                raise ValueError(
+                    "aggregation must be masked with distributed noise, since a single update has too little noise to "
+                    f"be seen by anyone; got {self.aggregation.kind}"
                 )
             if isinstance(self.training, PriorTrainingConfig):
                 raise ValueError(
@@ -321,13 +325,25 @@ class Experiment:
         """The mechanism that meets the privacy target; calibrating its noise takes a second or two."""
         evaluation: DPParameters | None = None
         if self.evaluation is not None and isinstance(self.privacy, PrivacyTarget):
-            evaluation = self.evaluation.dp_parameters(self.privacy, EVALUATIONS)
+            part = replace(self.privacy, epsilon=self.evaluation.epsilon_fraction * self.privacy.epsilon)
+            evaluation = metrics_dp_parameters(
+                part, EVALUATIONS, self.evaluation.sampling_rate, honest_devices=self.honest_devices
+            )
         return make_plan(
             self.privacy,
             self.training.schedule(),
             update_clip_norm=self.update_clip_norm,
+            honest_devices=self.honest_devices,
             evaluation=evaluation,
         )
+
+    @property
+    def honest_devices(self) -> int:
+        """Of distributed noise: how many devices in the smallest sum must add their share; otherwise 0."""
+        if not isinstance(self.privacy, PrivacyTarget) or self.privacy.noise != "distributed":
+            return 0
+        fewest = fewest_summed(self.aggregation, self.devices.count)
+        return max(1, math.floor(self.privacy.honest_fraction * fewest))
 
     @property
     def holdout_fraction(self) -> float:
@@ -339,10 +355,11 @@ class Experiment:
         if self.policy is not None:
             return self.policy
         match self.privacy:
-            case PrivacyTarget(epsilon=epsilon, delta=delta, unit=unit, trust=trust):
+            case PrivacyTarget() as target:
                 return DevicePolicy(
-                    max_epsilon=epsilon, delta=delta, objectives=(self.training.objective,), min_cohort_size=1,
-                    protocols=(self.aggregation.kind,), unit=unit, trust_server=trust == "server",
+                    max_epsilon=target.epsilon, delta=target.delta, objectives=(self.training.objective,),
+                    min_cohort_size=1, protocols=(self.aggregation.kind,), unit=target.unit,
+                    trust_server=target.noise == "central", honest_fraction=target.honest_fraction,
                     evaluation=self.evaluation is not None,
                 )  # fmt: skip
             case NoPrivacy():

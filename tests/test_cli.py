@@ -76,7 +76,7 @@ def test_an_unknown_command_or_option_is_code_2(fedface) -> None:  # type: ignor
 
 def test_plan_states_what_a_trusted_server_sees_without_noise(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     reported = {
-        "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
+        "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, noise: central}",
         "evaluation": "{metrics: {min_group_size: 2}}",
     }
     changes = [part for key, value in reported.items() for part in ("--set", f"{key}={value}")]
@@ -90,7 +90,7 @@ def test_plan_states_what_a_trusted_server_sees_without_noise(fedface, tmp_path:
 
 def test_plan_warns_of_noise_that_dominates_the_sum_of_few_devices(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Norm sigma * sqrt(8,007) against two updates of norm 1: a factor of about fifty."""
-    library = "privacy={kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}"
+    library = "privacy={kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, noise: central}"
     result = " ".join(fedface("plan", str(tiny_file(tmp_path)), "--set", library).out.split())
     sigma = tiny_experiment(tmp_path, {"privacy": library.partition("=")[2]}).plan().noise_multiplier
     assert (

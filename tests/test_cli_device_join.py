@@ -370,7 +370,7 @@ def test_only_an_owner_decides_to_trust_a_server_with_numbers_without_noise(  # 
     fedface, server: FakeServer, invite: Invite, home: Path, tmp_path: Path, answer
 ) -> None:
     """--yes is not enough."""
-    target = {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}"}
+    target = {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, noise: central}"}
     trusting = run_plan(tiny_experiment(tmp_path / "recipe", target)).signed(OPERATOR)
     server.plan, code = trusting.to_bytes(), replace(invite, plan=bytes.fromhex(trusting.hash)).code()
     assert "trusts the server" in fedface("join", code, "--yes").err

@@ -232,7 +232,7 @@ def test_the_policy_on_the_page_is_valid_and_has_the_described_effect(tmp_path: 
             return str(refusal)
         return "admitted"
 
-    trusting = PrivacyTarget(epsilon=1.0, delta=DELTA, unit="library", trust="server")
+    trusting = PrivacyTarget(epsilon=1.0, delta=DELTA, unit="library", noise="central")
     at_server = Plan(privacy=trusting, schedule=plan_of(1).schedule, noise_multiplier=30.0)
     assert ask(plan_of(1)) == "admitted"
     assert "in any 30 days" in ask(plan_of(3))

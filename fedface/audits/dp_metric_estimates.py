@@ -182,7 +182,7 @@ def estimate_metrics(
     clip_norm: float,
     noise_multiplier: float,
     devices: int,
-    noises: int | None = None,
+    noises: float | None = None,
 ) -> DPMetricEstimates:
     """The metrics in a total, by tone group and overall.
 
@@ -197,8 +197,9 @@ def estimate_metrics(
         clip_norm: As on the devices.
         noise_multiplier: sigma; each noise has standard deviation sigma * clip_norm on every number.
         devices: How many devices are in the sum, >= 1.
-        noises: How many noise draws are in the sum: None for one of each device, 1 where the server adds it. Then a
-            device is one unit, so that at most `devices` are counted, and fewer than `min_group_size` report nothing.
+        noises: How many such noises are in the sum: None for one of each device, otherwise a number: 1 where the server
+            adds it, or what the devices' shares add up to. Then a device is one unit, so that at most `devices` are
+            counted, and fewer than `min_group_size` report nothing.
 
     Raises:
         AggregationError: The total is implausible for a sum of metrics with this noise.
@@ -364,7 +365,7 @@ def _hidden(reported: Mapping[str, GroupEstimates], gap: Gap, metric: str) -> tu
 
 
 def minimum_detectable_gap(
-    config: LocalMetricsConfig, *, noise_multiplier: float, devices: int, noises: int | None = None
+    config: LocalMetricsConfig, *, noise_multiplier: float, devices: int, noises: float | None = None
 ) -> dict[str, float]:
     """By metric, the gap between two groups of equal size that the noise will hide; arguments as `estimate_metrics`.
 

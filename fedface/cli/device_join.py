@@ -142,6 +142,7 @@ def _join(invite: Invite, folder: Path, answers: Answers) -> None:
             "protocols": list(policy.protocols),
             "min_cohort_size": policy.min_cohort_size,
             "trust_server": policy.trust_server,
+            "honest_fraction": policy.honest_fraction,
             **({"hours": list(policy.hours)} if policy.hours else {}),
         }
     )
@@ -234,6 +235,7 @@ def _least_policy(plan: RunPlan) -> DevicePolicy:
     sums = [part.aggregation for part in plan.parts]
     fewest = [each.min_devices if isinstance(each, HomomorphicConfig) else LEAST_COHORT for each in sums]
     events = [(plan_event(plan, unit), 1), (releases.parts[0].event(1), 1)]
+    honest = releases.parts[0].honest_devices
     return DevicePolicy(
         max_epsilon=math.ceil(10 * filter_epsilon(events, delta)) / 10,
         delta=delta,
@@ -242,7 +244,8 @@ def _least_policy(plan: RunPlan) -> DevicePolicy:
         evaluation=bool(plan.evaluations),
         protocols=tuple(dict.fromkeys(each.kind for each in sums)),
         min_cohort_size=min(fewest),
-        trust_server=releases.parts[0].noise_at == "server",
+        trust_server=releases.parts[0].noise == "central",
+        honest_fraction=min(1.0, math.ceil(100 * honest / min(fewest)) / 100) if honest > 1 else 0.5,
     )
 
 

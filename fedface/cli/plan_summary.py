@@ -112,7 +112,7 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
     if recipe.evaluation is not None:
         protection = (
             "clipped, without noise until the server adds noise to their sum"
-            if plan.dp_parameters.noise_at == "server"
+            if plan.dp_parameters.noise == "central"
             else "clipped, noised and summed like updates"
         )
         yield (
@@ -141,9 +141,9 @@ def can_list_devices(recipe: Experiment, *, photos_given: bool) -> bool:
 
 
 def _noise_warning(plan: Plan, devices: int, numbers: int) -> str | None:
-    """That the server's noise is much longer than the sum of updates can be."""
-    mechanism = plan.dp_parameters.central_mechanism()
-    ratio = 0.0 if mechanism is None else mechanism.sigma * math.sqrt(numbers) / devices
+    """That the noise of a sum is much longer than the sum of updates can be."""
+    noises = plan.dp_parameters.noises_in_sum(devices)
+    ratio = 0.0 if noises is None else plan.noise_multiplier * math.sqrt(noises * numbers) / devices
     if ratio < NOISE_WARNING:
         return None
     return (
@@ -205,13 +205,13 @@ def _stays(recipe: Experiment) -> str:
         stays = "every photo and every gradient of a single photo"
         counts = (
             "shares of held-out photos by tone group are part of the metrics, without noise"
-            if isinstance(recipe.privacy, PrivacyTarget) and recipe.privacy.unit == "library"
+            if isinstance(recipe.privacy, PrivacyTarget) and recipe.privacy.noise == "central"
             else "counts of held-out units by tone group are part of the metrics, with noise"
         )
     else:
         stays, counts = "every photo, every gradient of a single photo, and the number of photos", ""
     match recipe.privacy:
-        case PrivacyTarget(unit="library"):
+        case PrivacyTarget(noise="central"):
             sent = "its update" if recipe.evaluation is None else "its updates and metrics"
             bound = f"no guarantee limits what the server can infer from {sent}, which it sees without noise"
         case PrivacyTarget(unit=unit):

@@ -73,8 +73,11 @@ def plan_price(plan: RunPlan, *, delta: float, unit: Unit) -> Epsilon:
 def _noise(dp: DPParameters) -> str:
     if not dp.is_private:
         return "numbers WITHOUT NOISE"
-    if dp.noise_at == "server":
+    if dp.noise == "central":
         return "numbers without noise, which the server adds to their sum"
+    if dp.noise == "distributed":
+        devices = number_format.counted(dp.honest_devices, "device")
+        return f"numbers with a share of the noise, of which {devices} in each sum must add theirs"
     return "numbers with noise that this device adds"
 
 

@@ -119,7 +119,7 @@ def collect_and_sum(
 
 
 def noised_sum(total: Vector, dp: DPParameters) -> Vector:
-    """A sum, with the server's noise added once if the privacy unit is a library.
+    """A sum, with the server's noise added once if noise is central.
 
     The Gaussian mechanism on a sum of vectors that each device has clipped to `dp.update_clip_norm` (McMahan et al.
     2018, arXiv:1710.06963), before anything is computed from the sum.
@@ -128,8 +128,10 @@ def noised_sum(total: Vector, dp: DPParameters) -> Vector:
         total: In public ranges, (d,).
         dp: The round's parameters.
     """
-    central = dp.central_mechanism()
-    return total if central is None else add_noise(total, central, SecretNoise())
+    mechanism = dp.sum_mechanism()
+    if mechanism is None or dp.noise != "central":
+        return total
+    return add_noise(total, mechanism, SecretNoise())
 
 
 @dataclass(kw_only=True)

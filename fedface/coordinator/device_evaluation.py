@@ -101,9 +101,7 @@ def request_metrics(
             clip_norm=dp.schedule.clip_norm,
             noise_multiplier=dp.noise_multiplier,
             devices=round_sum.count,
-            noises=1
-            if dp.noise_at == "server"
-            else None,  # one noise vector per device, or one of the server
+            noises=dp.noises_in_sum(round_sum.count),
         ),
     )
 

@@ -82,7 +82,9 @@ def ranking_parameters(experiment: Experiment, count: int) -> DPParameters:
         PrivacyError: No amount of noise meets the target.
     """
     config, target = _evaluation_and_target(experiment)
-    return metrics_dp_parameters(target, count, config.sampling_rate)
+    return metrics_dp_parameters(
+        target, count, config.sampling_rate, honest_devices=experiment.honest_devices
+    )
 
 
 def _evaluation_and_target(experiment: Experiment) -> tuple[EvaluationConfig, PrivacyTarget]:
@@ -174,10 +176,11 @@ def run_ranking(
         candidates=tuple(state.records[name] for name in models),
         rankings=tuple(_rankings(estimates)),
         epsilon=epsilon_of(dp.event(), target.delta, unit=dp.unit),
+        noise=dp.noise,
         notes=(
             "All candidates were evaluated on the same photos, each with independent noise.",
             "The privacy guarantee of the experiment covers all metrics of a device together.",
-            *(trusted if dp.noise_at == "server" else ()),
+            *(trusted if dp.noise == "central" else ()),
             "Skin tone is measured from pixels, so light and camera affect every group.",
             "Devices whose owners refuse are missing; this ranking does not describe their photos.",
         ),

@@ -166,7 +166,9 @@ class WithdrawalHandler:
         """Remove these members and their names from the run."""
         for member, name in names.items():
             self._withdrawn.add(member)
-            self.state = self.state.without(name, partial(epsilon_spent, self._plan))
+            self.state = self.state.without(
+                name, self._plan.dp_parameters.noise, partial(epsilon_spent, self._plan)
+            )
 
 
 def _train_task(

@@ -439,7 +439,7 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
         notes.append(
             "All devices share one key for encrypted sums: a device that sees another's upload can read it."
         )
-    if plan.dp_parameters.is_private and plan.dp_parameters.noise_at == "server":
+    if plan.dp_parameters.is_private and plan.dp_parameters.noise == "central":
         releases = "update" if experiment.evaluation is None else "update and metrics"
         notes.append(
             f"The server is trusted: it receives each device's {releases} without noise and could keep them; no number "

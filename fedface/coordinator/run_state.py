@@ -11,6 +11,7 @@ from fedface.atomic_io import replace_text
 from fedface.codec import dumps, load
 from fedface.errors import RunError
 from fedface.measurements import Epsilon, Measurement, NotMeasured
+from fedface.privacy.privacy_target import Noise
 from fedface.reports.device_metrics_record import DeviceMetricsRecord, WithdrawalRecord
 from fedface.reports.run_record import RoundRecord
 
@@ -49,11 +50,14 @@ class RunState:
         """With one more evaluation by the devices, saved."""
         return self._saved(replace(self, device_metrics=(*self.device_metrics, record)))
 
-    def without(self, name: str, price: Callable[[int, int], Epsilon | NotMeasured]) -> RunState:
+    def without(
+        self, name: str, noise: Noise, price: Callable[[int, int], Epsilon | NotMeasured]
+    ) -> RunState:
         """Without the name of a device whose owner has withdrawn, and with a record of what cannot be undone; saved.
 
         Args:
             name: The device's name.
+            noise: Where the run's noise is added.
             price: Rounds and evaluations that it took part in -> the epsilon of one unit that these cost.
         """
         rounds = tuple(record.round for record in self.rounds if name in record.participants)
@@ -65,7 +69,10 @@ class RunState:
             withdrawals = (
                 *withdrawals,
                 WithdrawalRecord(
-                    rounds=rounds, evaluations=evaluations, epsilon=price(len(rounds), evaluations)
+                    rounds=rounds,
+                    evaluations=evaluations,
+                    epsilon=price(len(rounds), evaluations),
+                    noise=noise,
                 ),
             )
         return self._saved(replace(self, rounds=records, device_metrics=private, withdrawals=withdrawals))

@@ -217,7 +217,7 @@ def audit_update_leakage(
         return LeakageFinding(record=record, result=result)
 
     with ThreadPoolExecutor(2) as pool:
-        noise_free = plan.dp_parameters.is_private and plan.dp_parameters.noise_at == "server"
+        noise_free = plan.dp_parameters.is_private and plan.dp_parameters.noise != "local"
         return list(pool.map(attack, (NoDefense(),) if noise_free else (NoDefense(), noised)))
 
 

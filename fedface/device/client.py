@@ -296,10 +296,15 @@ class _ReleaseTransaction:
             LedgerError: The stored reply is of another release: a new run with an old name.
         """
         task, device, ledger = self.task, self.device, self.ledger
-        if self.terms.unit == "library" and not isinstance(self.aggregation, PlainConfig):
+        if self.terms.noise == "central" and not isinstance(self.aggregation, PlainConfig):
             raise PrivacyError(
-                "the privacy unit library needs plain sums: rounding to a grid can increase the norm of a clipped "
-                "vector, and the server cannot add noise to an encrypted sum; nothing was computed"
+                "central noise needs plain sums: rounding to a grid can increase the norm of a clipped vector, and the "
+                "server cannot add noise to an encrypted sum; nothing was computed"
+            )
+        if self.terms.noise == "distributed" and self.aggregation.kind != "masked":
+            raise PrivacyError(
+                "distributed noise needs masked sums: a single update has too little noise to be seen by anyone, got "
+                f"{self.aggregation.kind} sums; nothing was computed"
             )
         # Today's policy applies to stored replies too, except for the budgets, which were charged before.
         fewest = fewest_summed(self.aggregation, task.cohort)
@@ -450,7 +455,7 @@ def _asked_model(task: TrainTask | EvaluateTask, shape: Architecture) -> Model:
 
 def _clip_for_library(update: Vector, terms: DPParameters) -> Vector:
     """The update, clipped if the privacy unit is a library."""
-    mechanism = terms.central_mechanism()
+    mechanism = terms.sum_mechanism()
     return update if mechanism is None else clip_l2(update, mechanism.clip_norm)
 
 

@@ -256,9 +256,14 @@ def protection_of(task: Task) -> str:
             return ""
     if not dp.is_private:
         noise = "no noise"
-    elif dp.noise_at == "server":
+    elif dp.noise == "central":
         noise = (
             f"clipped to a bounded L2 norm; the server adds the noise (multiplier {dp.noise_multiplier:.3g})"
+        )
+    elif dp.noise == "distributed":
+        noise = (
+            f"a share of the noise added here (multiplier {dp.noise_multiplier:.3g} in a sum where "
+            f"{dp.honest_devices} devices add theirs), a privacy guarantee per {dp.unit}"
         )
     else:
         noise = f"noise added here (multiplier {dp.noise_multiplier:.3g}), a privacy guarantee per {dp.unit}"

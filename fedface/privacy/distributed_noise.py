@@ -36,6 +36,7 @@ from fedface.errors import PrivacyError
 from fedface.privacy.clip_and_noise import clip_l2
 from fedface.privacy.discrete_gaussian import MIN_VARIANCE, SMOOTHING, DiscreteGaussian, discrete_gaussian
 from fedface.privacy.mechanism import ClipNorm, Sigma
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise
 from fedface.tensor_types import Vector
 from fedface.validation import AtLeast, In, checked
@@ -105,6 +106,23 @@ class DistributedNoise:
         """The variance of one device's share, in squared integers."""
         total = Fraction(self.noise_multiplier) ** 2 * self.max_square_norm + SMOOTHING
         return max(math.ceil(total / self.honest), MIN_VARIANCE)
+
+    @staticmethod
+    def of(dp: DPParameters, length: int, max_devices: int) -> DistributedNoise | None:
+        """What the devices of a run add to vectors (length,); None if its noise is not distributed.
+
+        Raises:
+            PrivacyError: The noise of a sum does not fit the ring.
+        """
+        if dp.noise != "distributed":
+            return None
+        return DistributedNoise(
+            length=length,
+            clip_norm=dp.update_clip_norm,
+            noise_multiplier=dp.noise_multiplier,
+            honest=dp.honest_devices,
+            max_devices=max_devices,
+        )
 
     @property
     def share(self) -> DiscreteGaussian:

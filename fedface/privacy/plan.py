@@ -3,19 +3,19 @@
 A device receives the parameters, never an epsilon, and prices them itself. The noise is the least with which everything
 together meets the target: all rounds, and what is released beside them, such as evaluation metrics.
 
-Where noise is added follows from the unit. Photo and occasion: on the device, in every private step. Library: on
-the server, once to each round's sum of whole updates, each clipped to `update_clip_norm`; the server is trusted with
-the sum. A third place is not built: on the device, as a discrete share of the noise that only the sum completes
-(library without a trusted server, Kairouz et al. 2021, arXiv:2102.06387). It would be one more mechanism of
-`DPParameters.central_mechanism`, clipped, noised and priced alike.
+Noise is added in one of three places. Photo and occasion: on the device, in every private step ("local"). Library:
+once to each round's sum of whole updates, each clipped to `update_clip_norm`, either by the server, which is trusted
+with them ("central"), or in shares by the devices, before the updates are masked ("distributed", see
+privacy/distributed_noise.py). Both are a Gaussian mechanism of the same noise multiplier, at the same price.
 
 Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a public rate and divisor.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Literal, assert_never
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, assert_never
 
 from fedface.measurements import Epsilon
 from fedface.number_format import format_delta, rounded_up
@@ -28,7 +28,7 @@ from fedface.privacy.accounting import (
     reconstruction_success_bound,
 )
 from fedface.privacy.mechanism import ClipNorm, ClippedSum, Event, GaussianSum, SampledGaussian, round_floor
-from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget
+from fedface.privacy.privacy_target import Noise, NoPrivacy, PrivacyGuarantee, PrivacyTarget, check_noise
 from fedface.privacy.releases import compose
 from fedface.privacy.renyi_filter import filter_epsilon
 from fedface.privacy_units import Unit, describe_unit
@@ -66,28 +66,46 @@ class DPParameters:
     noise_multiplier: Annotated[float, In(f"[0, {MAX_NOISE_MULTIPLIER:g}]"), Digits(GRID_DIGITS)]
     unit: Unit = "photo"  # whose vector is clipped: what the guarantee covers
     update_clip_norm: ClipNorm = 1.0  # unit library: longest update of one device, in public ranges
+    noise: Noise = "local"
+    # Of distributed noise: the fewest devices in each sum whose shares the server does not know; otherwise 0.
+    honest_devices: Annotated[int, In(f"[0, {1 << 20}]")] = 0
+
+    def __post_init__(self) -> None:
+        check_noise(self.unit, self.noise)
+        if (self.honest_devices > 0) != (self.noise == "distributed"):
+            raise ValueError(
+                "honest_devices must be at least 1 with distributed noise and 0 without, got "
+                f"{self.honest_devices} with {self.noise} noise"
+            )
 
     @property
     def is_private(self) -> bool:
         """Whether there is noise, hence a finite epsilon."""
         return self.noise_multiplier > 0
 
-    @property
-    def noise_at(self) -> Literal["device", "server"]:
-        """Who adds the noise: the device in each step, or the server, trusted, to each sum."""
-        return "server" if self.unit == "library" else "device"
-
     def mechanism(self) -> GaussianSum | ClippedSum:
-        """What each step on the device releases; its type says whether the device adds noise."""
-        if self.is_private and self.noise_at == "device":
+        """What each step on the device releases; its type says whether steps have noise."""
+        if self.is_private and self.noise == "local":
             return GaussianSum(clip_norm=self.schedule.clip_norm, sigma=self.noise_multiplier)
         return ClippedSum(clip_norm=self.schedule.clip_norm)
 
-    def central_mechanism(self) -> GaussianSum | None:
-        """What cuts each device's whole update and noises their sum, in public ranges; None where steps do it."""
-        if self.is_private and self.noise_at == "server":
+    def sum_mechanism(self) -> GaussianSum | None:
+        """How whole updates are clipped and their sum is noised, in public ranges; None where steps have the noise."""
+        if self.is_private and self.noise != "local":
             return GaussianSum(clip_norm=self.update_clip_norm, sigma=self.noise_multiplier)
         return None
+
+    def noises_in_sum(self, devices: int) -> float | None:
+        """How many times the variance of the noise multiplier a sum over devices has; None: each device's, in full."""
+        match self.noise:
+            case "local":
+                return None
+            case "central":
+                return 1.0
+            case "distributed":
+                return devices / self.honest_devices
+            case _:
+                assert_never(self.noise)
 
     def event(self, rounds: int | None = None) -> Event:
         """What `rounds` rounds (all of them if None) release about one unit, derived from the mechanism.
@@ -99,9 +117,9 @@ class DPParameters:
         if count < 1:
             raise ValueError(f"rounds must be at least 1, got {count}")
         floor = round_floor(count)
-        at_server = self.central_mechanism()
-        if at_server is not None:
-            return compose([SampledGaussian(sampling_rate=1.0, sum=at_server, steps=count).event(), floor])
+        of_sums = self.sum_mechanism()
+        if of_sums is not None:
+            return compose([SampledGaussian(sampling_rate=1.0, sum=of_sums, steps=count).event(), floor])
         mechanism = self.mechanism()
         match mechanism:
             case GaussianSum():
@@ -122,11 +140,13 @@ class DPParameters:
         asked = {**{name: f"{value:.12g}" for name, value in numbers.items()}, "unit": self.unit}
         if self.unit == "library":
             asked["update_clip_norm"] = f"{self.update_clip_norm:.12g}"
+        if self.noise == "distributed":
+            asked["honest_devices"] = str(self.honest_devices)
         return {
             **asked,
             "neighbours": ADJACENCY,
             "sampler": "everybody" if self.unit == "library" else "poisson",
-            "noise_at": self.noise_at,
+            "noise": self.noise,
         }
 
 
@@ -140,7 +160,7 @@ class RunReleases:
     arXiv:2207.08335, for any interleaving).
 
     Raises:
-        ValueError: There is neither training nor evaluation, or they differ in their unit or in whether there is noise.
+        ValueError: There is neither training nor evaluation, or they differ in their unit or in who adds noise.
     """
 
     training: DPParameters | None = None  # None: the run only evaluates
@@ -149,9 +169,10 @@ class RunReleases:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("a run needs training or evaluation, got neither")
-        if len({(part.unit, part.is_private) for part in self.parts}) > 1:
+        if len({(part.unit, part.is_private, part.noise, part.honest_devices) for part in self.parts}) > 1:
             raise ValueError(
-                "training and evaluation of a run must share its privacy unit, and both have noise or none"
+                "training and evaluation of a run must share its privacy unit, who adds the noise, and both have "
+                "noise or none"
             )
 
     @property
@@ -177,6 +198,7 @@ class Plan:
     schedule: Schedule
     noise_multiplier: float  # sigma; 0.0 only for NoPrivacy
     update_clip_norm: float = 1.0  # see DPParameters
+    honest_devices: int = 0  # see DPParameters
     evaluation: DPParameters | None = None  # of the metrics that devices compute on their own photos
 
     def __post_init__(self) -> None:
@@ -186,7 +208,18 @@ class Plan:
     @property
     def dp_parameters(self) -> DPParameters:
         """What is sent to a device."""
-        return _terms(self.privacy, self.schedule, self.noise_multiplier, self.update_clip_norm)
+        unit: Unit = "photo"
+        noise: Noise = "local"
+        if isinstance(self.privacy, PrivacyTarget):
+            unit, noise = self.privacy.unit, self.privacy.noise
+        return DPParameters(
+            schedule=self.schedule,
+            noise_multiplier=self.noise_multiplier,
+            unit=unit,
+            update_clip_norm=self.update_clip_norm,
+            noise=noise,
+            honest_devices=self.honest_devices,
+        )
 
     def mechanism(self) -> GaussianSum | ClippedSum:
         """What each private step releases."""
@@ -226,7 +259,7 @@ class Plan:
                 price = epsilon_of(self.total_event(), target.delta, unit=target.unit)
                 return [
                     *self._steps(target.unit),
-                    *self._noise(target.unit),
+                    *self._noise(),
                     *(
                         []
                         if self.evaluation is None
@@ -260,18 +293,33 @@ class Plan:
             f"each {one}'s gradient is clipped to L2 norm {s.clip_norm:g}",
         ]
 
-    def _noise(self, unit: Unit) -> list[str]:
+    def _noise(self) -> list[str]:
         s, sigma = self.schedule, self.noise_multiplier
-        if unit == "library":
-            return [
-                f"each device's whole update is clipped to L2 norm {self.update_clip_norm:g}, in public ranges",
-                f"noise multiplier {sigma:g}: the trusted server adds Gaussian noise of standard deviation "
-                f"{sigma * self.update_clip_norm:.3g} to every number of each round's sum",
-            ]
-        return [
-            f"noise multiplier {sigma:g}: Gaussian noise of standard deviation "
-            f"{sigma * s.clip_norm / s.expected_batch_size:.3g} on every number and step",
-        ]
+        deviation, honest = sigma * self.update_clip_norm, self.honest_devices
+        clipped = (
+            f"each device's whole update is clipped to L2 norm {self.update_clip_norm:g}, in public ranges"
+        )
+        match self.dp_parameters.noise:
+            case "local":
+                return [
+                    f"noise multiplier {sigma:g}: Gaussian noise of standard deviation "
+                    f"{sigma * s.clip_norm / s.expected_batch_size:.3g} on every number and step",
+                ]
+            case "central":
+                return [
+                    clipped,
+                    f"noise multiplier {sigma:g}: the trusted server adds Gaussian noise of standard deviation "
+                    f"{deviation:.3g} to every number of each round's sum",
+                ]
+            case "distributed":
+                return [
+                    clipped,
+                    f"noise multiplier {sigma:g}: each device adds discrete Gaussian noise of standard deviation "
+                    f"{deviation / math.sqrt(honest):.3g} to every number before it is masked, so that any "
+                    f"{_counted(honest, 'device')} in a round's sum add {deviation:.3g}",
+                    f"the guarantee holds against the server and everyone else as long as {_counted(honest, 'device')} "
+                    "in each sum add their noise and keep it from the server",
+                ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,11 +346,11 @@ def attack_ceilings(releases: RunReleases, candidates: int) -> tuple[AttackCeili
     dp = releases.training
     if dp is None:
         return ()
-    noise = dp.central_mechanism() or dp.mechanism()
+    noise = dp.sum_mechanism() or dp.mechanism()
     if isinstance(noise, ClippedSum):
         return ()
     s = dp.schedule
-    steps, q = (1, 1.0) if dp.noise_at == "server" else (s.steps_per_round, s.sampling_rate)
+    steps, q = (s.steps_per_round, s.sampling_rate) if dp.noise == "local" else (1, 1.0)
 
     def event(rate: float, count: int) -> Event:
         return SampledGaussian(sampling_rate=rate, sum=noise, steps=count).event()
@@ -328,6 +376,7 @@ def make_plan(
     schedule: Schedule,
     *,
     update_clip_norm: float = 1.0,
+    honest_devices: int = 0,
     evaluation: DPParameters | None = None,
 ) -> Plan:
     """Find the least noise with which a schedule meets a privacy target.
@@ -336,6 +385,7 @@ def make_plan(
         privacy: The guarantee over everything, or `NoPrivacy()`.
         schedule: How often units are looked at.
         update_clip_norm: Longest update of one device, in public ranges; counts for unit library alone.
+        honest_devices: With distributed noise, how many shares in each sum the server does not know.
         evaluation: What evaluation releases about the same units, with its noise already chosen.
 
     Returns:
@@ -344,33 +394,18 @@ def make_plan(
     Raises:
         PrivacyError: No amount of noise meets the target.
     """
-    match privacy:
-        case PrivacyTarget():
-            others = [] if evaluation is None else [evaluation.event()]
-
-            sigma = calibrate_noise_multiplier(
-                privacy, lambda s: compose([_terms(privacy, schedule, s, update_clip_norm).event(), *others])
-            )
-        case NoPrivacy():
-            sigma = 0.0
-        case _:
-            assert_never(privacy)
-    return Plan(
+    plan = Plan(
         privacy=privacy,
         schedule=schedule,
-        noise_multiplier=sigma,
+        noise_multiplier=0.0 if isinstance(privacy, NoPrivacy) else MAX_NOISE_MULTIPLIER,
         update_clip_norm=update_clip_norm,
+        honest_devices=honest_devices,
         evaluation=evaluation,
     )
-
-
-def _terms(
-    privacy: PrivacyGuarantee, schedule: Schedule, sigma: float, update_clip_norm: float
-) -> DPParameters:
-    unit: Unit = privacy.unit if isinstance(privacy, PrivacyTarget) else "photo"
-    return DPParameters(
-        schedule=schedule, noise_multiplier=sigma, unit=unit, update_clip_norm=update_clip_norm
-    )
+    if isinstance(privacy, NoPrivacy):
+        return plan
+    sigma = calibrate_noise_multiplier(privacy, lambda s: replace(plan, noise_multiplier=s).total_event())
+    return replace(plan, noise_multiplier=sigma)
 
 
 def _beside_others(event: Event, target: PrivacyTarget) -> list[str]:

@@ -8,6 +8,7 @@ sampling rate and the steps: an epsilon that a server reports is never used.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,7 +30,7 @@ from fedface.privacy.participation_conditions import (
 from fedface.privacy.plan import DPParameters, Plan, RunReleases
 from fedface.privacy.privacy_target import Delta
 from fedface.privacy_units import UNITS, Unit, covers, describe_unit
-from fedface.validation import Above, AtLeast, checked
+from fedface.validation import Above, AtLeast, In, checked
 
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 COOLDOWN = timedelta(minutes=15)  # after a computation began, where the policy has a max_load
@@ -37,7 +38,7 @@ EVALUATION = "evaluation"  # the objective of a task that only measures
 LEAST_RATE = 10  # times delta: a smaller sampling rate lets delta cover the disclosure of those that join
 LARGE_DELTA = 1e-2  # above it, the probability that the bound does not hold must be stated
 PROTOCOLS = ("homomorphic", "plain")  # the kinds of aggregation that there are
-OWN_METADATA = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
+OWN_METADATA = ("unit", "neighbours", "sampler", "noise")  # marks that follow from the terms alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,8 @@ class DevicePolicy:
     protocols: tuple[str, ...] = ("homomorphic",)  # how updates may be sent
     min_cohort_size: Annotated[int, AtLeast(1)] = 2  # fewest devices whose updates are summed
     trust_server: bool = False  # may runs take part whose noise the server adds?
+    # Of the devices in a sum, how many are trusted to add their shares of distributed noise and to keep them secret?
+    honest_fraction: Annotated[float, In("[0, 1]")] = 0.5
     allow_no_dp: bool = False  # may runs without noise use these photos?
     folders: tuple[Path, ...] = ()  # below the photos: only these may be used; none named: all
     # Below the photos: these may not be used, also where `folders` holds them
@@ -189,6 +192,7 @@ class DevicePolicy:
         self._admit_today(here)
         self._admit_purpose(purpose)
         self._admit_guarantee(dp)
+        self._admit_honest(dp, purpose)
         replace(self.conditions, max_load=None).check(here)  # a stored reply costs no work
 
     def check_decryption(self, protocol: str, *, environment: Environment | None = None) -> None:
@@ -241,16 +245,26 @@ class DevicePolicy:
             raise PolicyRefusal(
                 f"this run's guarantee is per {terms.unit}; the owner of this device counts per {self.unit}"
             )
-        if terms.noise_at == "server" and not self.trust_server:
+        if terms.noise == "central" and not self.trust_server:
             raise PolicyRefusal(
                 "in this run the server adds the noise; the owner of this device does not trust servers with that"
             )
         rate = terms.schedule.sampling_rate
-        if terms.noise_at == "device" and rate < LEAST_RATE * self.delta:
+        if terms.noise == "local" and rate < LEAST_RATE * self.delta:
             raise PolicyRefusal(
                 f"the sampling rate {rate:g} is below {LEAST_RATE} times this device's delta "
                 f"{format_delta(self.delta)}: delta alone would cover a step that discloses the few units that join it",
                 advice="Raise the sampling rate.",
+            )
+
+    def _admit_honest(self, terms: DPParameters, purpose: Purpose) -> None:
+        # This device's own share is always honest: noise that is complete on each device needs no other.
+        trusted = max(1, math.floor(self.honest_fraction * purpose.cohort_size))
+        if terms.honest_devices > trusted:
+            raise PolicyRefusal(
+                f"this run relies on the noise of {terms.honest_devices} devices in sums that may have only "
+                f"{purpose.cohort_size}; the owner of this device trusts at most {self.honest_fraction:.0%} of them",
+                advice="Lower privacy.honest_fraction, so that each device adds more noise.",
             )
 
     def _admit_price(self, planned: PlannedRound, ledger: Ledger) -> None:
@@ -351,7 +365,9 @@ class DevicePolicy:
             f"a run's guarantee must be per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
             "the noise may be added by the server, which then sees updates and metrics without noise"
             if self.trust_server
-            else "the noise must be added on this device: runs whose noise the server adds are refused",
+            else "the noise must be added on devices: runs whose noise the server adds are refused",
+            f"where each device adds a share of the noise, at most {self.honest_fraction:.0%} of the devices in a sum "
+            "may be needed for the guarantee",
             "RUNS WITHOUT NOISE MAY USE THESE PHOTOS: of such a run epsilon is infinite at every delta"
             if self.allow_no_dp
             else "runs without noise are refused",

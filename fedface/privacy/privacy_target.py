@@ -16,10 +16,28 @@ from fedface.validation import Above, In, check, checked
 # Smaller deltas would meet the floating-point error of the accountant.
 Delta = Annotated[float, In("[1e-10, 1)")]
 
+# Where noise is added: "local", on the device, all of it, in every private step; "central", by the server, to each sum;
+# "distributed", on the devices, a share by each, so that only a sum over devices has enough.
+Noise = Literal["local", "central", "distributed"]
+
 
 def check_delta(delta: float) -> None:
     """Raise ValueError unless delta is a number that the accountant can compute with."""
     check("delta", Delta, delta)
+
+
+def check_noise(unit: Unit, noise: Noise) -> None:
+    """Raise ValueError if a guarantee per `unit` cannot come from noise that is added there."""
+    if unit == "library" and noise == "local":
+        raise ValueError(
+            'noise must be "distributed" (each device adds a share, and only masked sums leave) or "central" (the '
+            "server is trusted: it sees each update and adds the noise to their sum) with unit library, got "
+            f'"{noise}"'
+        )
+    if unit != "library" and noise != "local":
+        raise ValueError(
+            f'noise must be "local" with unit {unit}: devices add all of it in each step, got "{noise}"'
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +57,13 @@ class PrivacyTarget:
     epsilon: Annotated[float, Above(0, "; without a bound on epsilon the kind is no-privacy")]
     delta: Delta  # choose well below 1 / number of units
     unit: Unit = "photo"  # what the guarantee covers
-    # Who is trusted with updates without noise, see `DPParameters`
-    trust: Literal["nobody", "server"] = "nobody"
+    noise: Noise = "local"
+    # Of distributed noise: the fraction of the devices in a sum that are assumed to add their shares and to keep them
+    # from the server. The others may collude with it.
+    honest_fraction: Annotated[float, In("(0, 1]")] = 0.5
 
     def __post_init__(self) -> None:
-        if self.unit == "library" and self.trust != "server":
-            raise ValueError(
-                'trust must be "server" with unit library: the server adds the noise to the sum of whole updates. '
-                "Noise in shares that only the sum completes, which needs no trust, does not exist here yet"
-            )
-        if self.unit != "library" and self.trust != "nobody":
-            raise ValueError(
-                f'trust must be "nobody" with unit {self.unit}: devices add their own noise, got "{self.trust}"'
-            )
+        check_noise(self.unit, self.noise)
 
 
 @dataclass(frozen=True)

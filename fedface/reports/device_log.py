@@ -193,7 +193,7 @@ def make_log(
         return LoggedRecord(
             record=record,
             price=price_of([entry], delta=policy.delta, unit=policy.unit),
-            without_noise=entry.metadata.get("noise_at") == "server",
+            without_noise=entry.metadata.get("noise") == "central",
         )
 
     sent = {record.entry for record in snapshot.transmissions}

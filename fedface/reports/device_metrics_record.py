@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fedface import number_format
 from fedface.audits.dp_metric_estimates import DPMetricEstimates
 from fedface.measurements import Epsilon, NotMeasured
+from fedface.privacy.privacy_target import Noise
 
 WITHDRAWN = "a withdrawn device"  # replaces the name of a device that withdrew
 
@@ -42,10 +43,11 @@ class WithdrawalRecord:
     rounds: tuple[int, ...]  # that it took part in
     evaluations: int  # sets of metrics that it sent
     epsilon: Epsilon | NotMeasured  # privacy loss of all its replies for one unit
+    noise: Noise  # where it was added
 
     def sentence(self) -> str:
         match self.epsilon:
-            case Epsilon(unit="library"):
+            case Epsilon() if self.noise == "central":
                 bound = (
                     "the server saw them without noise; the noise bounds what the published sums reveal: "
                     f"{self.epsilon.at_most()}"

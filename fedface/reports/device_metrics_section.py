@@ -148,7 +148,7 @@ def hidden_sentence(record: RunRecord) -> str:
             replace(config, expected_units=units),
             noise_multiplier=last.noise_multiplier,
             devices=devices,
-            noises=1 if record.plan.dp_parameters.noise_at == "server" else None,
+            noises=record.plan.dp_parameters.noises_in_sum(devices),
         )
     if not all(math.isfinite(found[name]) for name in HEADLINE_METRICS):
         return ""

@@ -14,7 +14,7 @@ def withdrawal_notes(record: RunRecord) -> list[str]:
         "requests, its individual replies are deleted, and its name is removed from the run's files."
     )
     match record.plan.privacy:
-        case PrivacyTarget(unit=unit) if record.plan.dp_parameters.noise_at == "server":
+        case PrivacyTarget(unit=unit, noise="central"):
             bound = (
                 f"the privacy guarantee still bounds what the published weights and metrics reveal about one {unit}, "
                 "but not what the server saw before it added the noise"
@@ -51,8 +51,8 @@ def hash_note(record: RunRecord) -> str:
 
 
 def applicable_attacks(record: RunRecord) -> tuple[AttackRecord, ...]:
-    """The attacks on updates as this run sends them: where the server adds the noise, a single update has none."""
-    if isinstance(record.plan.privacy, PrivacyTarget) and record.plan.dp_parameters.noise_at == "server":
+    """The attacks on updates as this run sends them: with central or distributed noise, steps on a device have none."""
+    if isinstance(record.plan.privacy, PrivacyTarget) and record.plan.privacy.noise != "local":
         return tuple(attack for attack in record.attacks if isinstance(attack.scores.defense, NoDefense))
     return record.attacks
 
@@ -64,9 +64,14 @@ def attack_note(record: RunRecord) -> str:
     match record.plan.privacy:
         case NoPrivacy() if len(record.attacks) > 1:
             return "This run adds no noise: the attack against DP shows what noise would have changed."
-        case PrivacyTarget() if record.plan.dp_parameters.noise_at == "server":
+        case PrivacyTarget(noise="central"):
             return (
                 "In this run the server adds noise to the sum of all updates, so a single update has none: an attacker "
                 "who sees one, such as the server, sees what is attacked here."
+            )
+        case PrivacyTarget(noise="distributed"):
+            return (
+                "In this run only the sum of all updates, with noise, is seen by the server: an attack on a single "
+                "update, as here, shows what masks and noise hide."
             )
     return ""

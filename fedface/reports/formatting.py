@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, assert_never
+from typing import assert_never
 
 from fedface import number_format
 from fedface.audits.bias import METRICS
@@ -18,9 +18,8 @@ from fedface.audits.gradient_inversion import (
 from fedface.audits.group_metrics import Gap
 from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
-from fedface.privacy.plan import Plan, attack_ceilings
+from fedface.privacy.plan import DPParameters, Plan, attack_ceilings
 from fedface.privacy.privacy_target import PrivacyTarget
-from fedface.privacy_units import Unit
 from fedface.reports.run_record import AttackRecord, RunRecord
 
 # The server's metrics after each round: name -> (title, unit, whether zero belongs on the axis).
@@ -59,44 +58,70 @@ def privacy_guarantee(plan: Plan) -> str:
                 f"at most epsilon {number_format.constant(target.epsilon)} at delta "
                 f"{number_format.format_delta(target.delta)} per {target.unit}"
             )
-            if plan.dp_parameters.noise_at == "server":
-                return (
-                    f"What the trusted server publishes about {rounds} satisfies differential privacy with {bound}. "
-                    "The server itself receives every update without noise."
-                )
-            return f"Everything that leaves a device in {rounds} satisfies differential privacy with {bound}."
+            match plan.dp_parameters.noise:
+                case "local":
+                    return f"Everything that leaves a device in {rounds} satisfies differential privacy with {bound}."
+                case "central":
+                    return (
+                        f"What the trusted server publishes about {rounds} satisfies differential privacy with "
+                        f"{bound}. The server itself receives every update without noise."
+                    )
+                case "distributed":
+                    return (
+                        f"The sums that the server receives in {rounds} satisfy differential privacy with {bound}, "
+                        f"{_if_honest(plan.dp_parameters)}. The server sees no single update without its mask."
+                    )
         case _:
             return "No privacy guarantee: no noise is added, so epsilon is infinite."
 
 
-def adjacency(unit: Unit) -> str:
+def _if_honest(dp: DPParameters) -> str:
+    devices = number_format.counted(dp.honest_devices, "device")
+    return f"if at least {devices} in each sum add their share of the noise and keep it from the server"
+
+
+def adjacency(dp: DPParameters) -> str:
     """The adjacency of the guarantee in words."""
-    if unit == "library":
+    if dp.unit == "library":
+        seen = (
+            "The server, which adds the noise, is trusted and sees each device's update."
+            if dp.noise == "central"
+            else "Each device adds a share of the noise, and the server sees only sums."
+        )
         return (
             "The guarantee compares a run with one in which a device's library is empty: both give any model with "
-            "nearly the same probability. The server, which adds the noise, is trusted and sees each device's update."
+            f"nearly the same probability. {seen}"
         )
     return (
-        f"The guarantee compares a device's library with the same library without one {unit}: "
+        f"The guarantee compares a device's library with the same library without one {dp.unit}: "
         "both give any update with nearly the same probability."
     )
 
 
-def meaning(value: Epsilon, *, noise_at: Literal["device", "server"] = "device") -> str:
+def meaning(value: Epsilon, dp: DPParameters) -> str:
     """What an epsilon bounds: the posterior probability e^epsilon / (1 + e^epsilon) from a prior of one half."""
     posterior = 1.0 / (1.0 + math.exp(-value.upper))
-    seen = "leaves a device" if noise_at == "device" else "is published by the server, which adds the noise"
+    seen = {
+        "local": "leaves a device",
+        "central": "is published by the server, which adds the noise",
+        "distributed": "the server receives, which are sums behind masks",
+    }[dp.noise]
     sentence = (
         f"Someone with a prior of 50{number_format.SPACE}% that a given {value.unit} was used, who sees everything "
         f"that {seen}, can afterwards be at most {number_format.at_most_percent(posterior)} sure; the bound may fail "
         f"with a probability of {number_format.one_in(value.delta)}."
     )
-    if noise_at == "server":
-        sentence += " It does not bound what the server learns, which receives every update without noise."
+    match dp.noise:
+        case "central":
+            sentence += (
+                " It does not bound what the server learns, which receives every update without noise."
+            )
+        case "distributed":
+            sentence += f" It holds against the server too, {_if_honest(dp)}."
     if posterior > 0.9:
         tested = (
             "the attacks in this report test the noise"
-            if noise_at == "device"
+            if dp.noise == "local"
             else "no attack in this report tests the noise"
         )
         sentence += f" By itself this is a weak bound; {tested}."

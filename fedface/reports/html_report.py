@@ -88,7 +88,7 @@ def render(record: RunRecord, folder: Path, *, so_far: str = "") -> str:
         percent=number_format.percent,
         counted=number_format.counted,
     )
-    cost, noise_at = formatting.spent(record), record.plan.dp_parameters.noise_at
+    cost, dp = formatting.spent(record), record.plan.dp_parameters
     attacks, ceilings = disclosures.applicable_attacks(record), []
     if attacks and record.plan.dp_parameters.is_private:
         ceilings = [formatting.ceilings_sentence(record.plan, attacks[0].identification.candidates)]
@@ -100,12 +100,12 @@ def render(record: RunRecord, folder: Path, *, so_far: str = "") -> str:
         when=_when(record),
         tiles=headline_numbers(record),
         plan=record.plan,
-        dp=record.plan.dp_parameters,
+        dp=dp,
         is_private=isinstance(record.plan.privacy, PrivacyTarget),
         guarantee=formatting.privacy_guarantee(record.plan),
-        adjacency=formatting.adjacency(record.plan.dp_parameters.unit),
+        adjacency=formatting.adjacency(dp),
         covers=describe_unit(record.plan.dp_parameters.unit),
-        meaning=formatting.meaning(cost, noise_at=noise_at) if isinstance(cost, Epsilon) else "",
+        meaning=formatting.meaning(cost, dp) if isinstance(cost, Epsilon) else "",
         spent=str(cost),
         turnout=_turnout(record),
         refusals=_refusals(record),

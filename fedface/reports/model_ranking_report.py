@@ -20,6 +20,7 @@ from fedface.audits.dp_model_ranking import Ranking
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import dumps
 from fedface.measurements import Epsilon
+from fedface.privacy.privacy_target import Noise
 from fedface.privacy_units import describe_unit
 from fedface.reports import device_metrics_section
 from fedface.reports.charts import STYLE, error_bars, figure_png, legend_below
@@ -46,6 +47,7 @@ class RankingReport:
     candidates: tuple[DeviceMetricsRecord, ...]  # `when` is the candidate's name
     rankings: tuple[Ranking, ...]
     epsilon: Epsilon  # privacy loss of all evaluations by a device together
+    noise: Noise  # where it was added
     notes: tuple[str, ...]
 
     def privacy_sentence(self) -> str:
@@ -53,7 +55,7 @@ class RankingReport:
         count = len(self.candidates)
         evaluations = "both evaluations" if count == 2 else f"all {count} evaluations"
         subject = f"{evaluations[0].upper()}{evaluations[1:]} by a device together"
-        if self.epsilon.unit == "library":
+        if self.noise == "central":
             subject = f"What the trusted server publishes of {evaluations} by a device together"
         return f"{subject}: {self.epsilon}. The unit is {describe_unit(self.epsilon.unit)}."
 

@@ -65,7 +65,7 @@ def dp_sgd_steps(
 
 def _scale_lr_for_noise(config: MomentumSettings, dp: DPParameters) -> float:
     """The learning rate, lowered as 1 / noise where the device's noise multiplier is above the threshold."""
-    noise = dp.noise_multiplier if dp.noise_at == "device" else 0.0
+    noise = dp.noise_multiplier if dp.noise == "local" else 0.0
     return config.lr * min(1.0, config.lr_noise_threshold / max(noise, 1e-9))
 
 

@@ -107,7 +107,7 @@ def test_per_library_the_server_adds_noise_and_the_report_says_that_it_saw_the_m
     save_model(tmp_path / "other.safetensors", tiny_gan("other"))
     reported = {
         **CHANGES,
-        "privacy": "{kind: privacy-target, epsilon: 300, delta: 1e-3, unit: library, trust: server}",
+        "privacy": "{kind: privacy-target, epsilon: 300, delta: 1e-3, unit: library, noise: central}",
         "evaluation": "{metrics: {tone_upper_bounds: [10], min_group_size: 1}}",
     }
     recipe = for_ranking(read_experiment(tiny_file(tmp_path), changes=reported))

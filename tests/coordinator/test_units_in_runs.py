@@ -43,7 +43,7 @@ from fedface.upsampling.pulse import PulseConfig
 pytestmark = pytest.mark.usefixtures("quick_detection", "quick_charts")
 
 LIBRARY = {
-    "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
+    "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, noise: central}",
     "update_clip_norm": "2.0",
 }
 FEW = "{epsilon_fraction: 0.5, holdout_fraction: 0.5, metrics: {min_group_size: 2}}"
@@ -82,11 +82,11 @@ def sent_vector(reply: object) -> torch.Tensor:
 def test_a_guarantee_per_library_costs_one_gaussian_per_round() -> None:
     """Two rounds at sigma s cost what one costs at s / sqrt 2, and their floors, whatever the steps on a device."""
     schedule = Schedule(rounds=2, steps_per_round=9, sampling_rate=0.3, expected_batch_size=8, clip_norm=1.0)
-    target = PrivacyTarget(epsilon=3.0, delta=1e-5, unit="library", trust="server")
+    target = PrivacyTarget(epsilon=3.0, delta=1e-5, unit="library", noise="central")
     plan = make_plan(target, schedule, update_clip_norm=2.0)
     one = compose([GaussianSum(clip_norm=1.0, sigma=plan.noise_multiplier / 2**0.5).event(), round_floor(2)])
     assert epsilon_of(plan.event(), 1e-5).upper == approx(epsilon_of(one, 1e-5).upper, rel=1e-6)
-    assert plan.dp_parameters.central_mechanism() == GaussianSum(clip_norm=2.0, sigma=plan.noise_multiplier)
+    assert plan.dp_parameters.sum_mechanism() == GaussianSum(clip_norm=2.0, sigma=plan.noise_multiplier)
     assert not isinstance(plan.mechanism(), GaussianSum)  # the device itself adds none
     assert "trusted" in " ".join(plan.describe())
 
@@ -99,7 +99,7 @@ def test_a_device_clips_its_whole_update_and_an_empty_library_sends_zero(tmp_pat
     assert float(whole.norm()) == approx(0.01, rel=1e-3)
     (entry,) = device.ledger().entries()
     marks = entry.metadata
-    assert (marks["unit"], marks["noise_at"], marks["update_clip_norm"]) == ("library", "server", "0.01")
+    assert (marks["unit"], marks["noise"], marks["update_clip_norm"]) == ("library", "central", "0.01")
     empty = replace(
         first_device(experiment, tmp_path / "others"),
         photos=lambda size: DeviceDataset.independent(torch.zeros(0, 3, size, size)),
@@ -145,16 +145,31 @@ def test_a_device_that_does_not_trust_the_server_refuses_library_runs(tmp_path: 
     assert isinstance(reply, Refusal) and "trust" in reply.reason
 
 
+def test_a_device_sends_no_share_of_noise_where_the_server_sees_single_updates(tmp_path: Path) -> None:
+    """Nothing is recorded: a plain sum cannot keep an update with one share of the noise from the server."""
+    experiment = tiny_experiment(tmp_path / "recipe", LIBRARY)
+    device = first_device(experiment, tmp_path / "devices")
+    task = train_task(experiment, tiny_gan())
+    dp = replace(task.config.dp, noise="distributed", honest_devices=1)
+    with pytest.raises(PrivacyError, match="distributed noise needs masked sums"):
+        handle_task(replace(task, config=replace(task.config, dp=dp)), device)
+    assert device.ledger().entries() == []
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"aggregation": "{kind: homomorphic}"}, "aggregation: must be plain with privacy per library"),
+        ({"aggregation": "{kind: homomorphic}"}, "aggregation: must be plain with central noise"),
         ({"evaluation": "{sampling_rate: 0.5}"}, "sampling_rate must be 1"),
         ({"evaluation": "{}"}, "groups smaller than min_group_size=20 are suppressed"),
-        ({"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "trust must be"),
+        ({"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "noise must be"),
         (
-            {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, trust: server}"},
-            "devices add their own noise",
+            {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, noise: central}"},
+            "devices add all of it in each step",
+        ),
+        (
+            {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, noise: distributed}"},
+            "aggregation: must be masked with distributed noise",
         ),
     ],
 )
@@ -177,7 +192,7 @@ def test_metrics_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
     folder = started(experiment, tmp_path / "run")
     cohort = in_process_cohort(experiment, devices_folder(folder))
     record = run_experiment(experiment, cohort, folder, progress=SilentProgress())
-    questions = [total for mechanism, total in noised if mechanism == terms.central_mechanism()]
+    questions = [total for mechanism, total in noised if mechanism == terms.sum_mechanism()]
     assert len(noised) == 3 and len(questions) == 2
     config = experiment.evaluation.metrics  # type: ignore[union-attr]
     for total in questions:
@@ -195,11 +210,11 @@ def test_metrics_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
 def test_withdrawing_from_a_library_run_reports_that_the_server_saw_the_replies() -> None:
     """The device's own noise bounds nothing, because it added none."""
     price = Epsilon(lower=0.9, estimate=1.0, upper=1.0, delta=1e-3, unit="library")
-    record = WithdrawalRecord(rounds=(1,), evaluations=0, epsilon=price)
+    record = WithdrawalRecord(rounds=(1,), evaluations=0, epsilon=price, noise="central")
     sentence = record.sentence()
     assert "the server saw them without noise" in sentence and "published" in sentence
-    per_photo = replace(record, epsilon=replace(price, unit="photo"))
-    assert "without noise" not in per_photo.sentence()
+    shared = replace(record, noise="distributed")
+    assert "without noise" not in shared.sentence()
 
 
 def test_metrics_per_library_are_estimated_with_one_noise_draw(tmp_path: Path) -> None:

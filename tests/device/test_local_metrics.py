@@ -82,7 +82,7 @@ def test_a_library_adds_the_mean_of_its_photos_and_no_noise(
     gan: Model, evaluation: EvaluationRequest
 ) -> None:
     """Three photos of three days; the server adds the noise, the device none."""
-    terms = replace(evaluation.dp, unit="library", noise_multiplier=3.0)
+    terms = replace(evaluation.dp, unit="library", noise="central", noise_multiplier=3.0)
     pictures = faces(3)
     alone = [sums(gan, DeviceDataset.independent(pictures[i : i + 1]), evaluation) for i in range(3)]
     whole = sums(gan, DeviceDataset.independent(pictures), replace(evaluation, dp=terms))

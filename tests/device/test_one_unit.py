@@ -91,7 +91,7 @@ def test_the_metrics_of_a_library_are_clipped_as_a_whole(tmp_path: Path) -> None
     """Their norm is at most update_clip_norm, in public ranges."""
     changes = {
         **EVALUATION,
-        "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
+        "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, noise: central}",
     }
     experiment = tiny_experiment(tmp_path / "recipe", changes)
     task = evaluate_task(experiment)

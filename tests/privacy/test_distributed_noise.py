@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
@@ -18,6 +19,8 @@ from fedface.errors import PrivacyError
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.discrete_gaussian import DiscreteGaussian
 from fedface.privacy.distributed_noise import DistributedNoise, from_sum, noised_integers
+from fedface.privacy.plan import DPParameters, Schedule, make_plan
+from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import SecretNoise
 
 
@@ -174,3 +177,45 @@ def test_noise_that_could_leave_the_ring_is_refused() -> None:
 def test_a_vector_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a vector of 1000 numbers, got shape"):
         noised_integers(torch.zeros(999), noise())
+
+
+def test_distributed_noise_costs_what_central_noise_does_and_is_agreed_on_by_all_devices() -> None:
+    """Ten rounds of 100 devices, of which 50 in each sum are honest."""
+    schedule = Schedule(rounds=10, steps_per_round=5, sampling_rate=0.1, expected_batch_size=8, clip_norm=1.0)
+    target = PrivacyTarget(epsilon=4.0, delta=1e-5, unit="library", noise="distributed")
+    central = make_plan(replace(target, noise="central"), schedule, update_clip_norm=0.5)
+    plan = make_plan(target, schedule, update_clip_norm=0.5, honest_devices=50)
+    dp, sigma = plan.dp_parameters, plan.noise_multiplier
+    assert (sigma, plan.epsilon()) == (central.noise_multiplier, central.epsilon())
+    assert DistributedNoise.of(dp, 1000, 100) == DistributedNoise(
+        length=1000, clip_norm=0.5, noise_multiplier=sigma, honest=50, max_devices=100
+    )
+    assert DistributedNoise.of(central.dp_parameters, 1000, 100) is None
+    assert (dp.noises_in_sum(80), central.dp_parameters.noises_in_sum(80)) == (1.6, 1.0)
+    words = " ".join(plan.describe())
+    assert "any 50 devices in a round's sum add" in words and "keep it from the server" in words
+    assert "trusted server" not in words
+
+
+@pytest.mark.parametrize(
+    ("terms", "problem"),
+    [
+        ({"unit": "library"}, "noise must be"),
+        (
+            {"unit": "photo", "noise": "distributed", "honest_devices": 3},
+            "noise must be .local. with unit photo",
+        ),
+        (
+            {"unit": "library", "noise": "distributed"},
+            "honest_devices must be at least 1 with distributed noise",
+        ),
+        (
+            {"unit": "library", "noise": "central", "honest_devices": 3},
+            "and 0 without, got 3 with central noise",
+        ),
+    ],
+)
+def test_a_task_cannot_contradict_itself_about_its_noise(terms: dict[str, Any], problem: str) -> None:
+    schedule = Schedule(rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch_size=8, clip_norm=1.0)
+    with pytest.raises(ValueError, match=problem):
+        DPParameters(schedule=schedule, noise_multiplier=1.0, **terms)

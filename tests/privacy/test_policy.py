@@ -51,7 +51,9 @@ class Noon:
 
 def per(unit: Unit, noise: float = 1.0) -> DPParameters:
     """The same steps, with a guarantee per some unit."""
-    return replace(TERMS, unit=unit, noise_multiplier=noise)
+    return replace(
+        TERMS, unit=unit, noise_multiplier=noise, noise="central" if unit == "library" else "local"
+    )
 
 
 @pytest.fixture
@@ -271,9 +273,9 @@ def test_metadata_cannot_change_the_unit(ledger: Ledger) -> None:
     """The DP parameters determine the unit; contradicting metadata are overwritten."""
     policy = replace(POLICY, max_epsilon=50.0, unit="occasion")
     entry = policy.record(
-        per("occasion"), ledger, run="r", round=1, metadata={"unit": "photo", "noise_at": "moon"}
+        per("occasion"), ledger, run="r", round=1, metadata={"unit": "photo", "noise": "moon"}
     )
-    assert (entry.metadata["unit"], entry.metadata["noise_at"]) == ("occasion", "device")
+    assert (entry.metadata["unit"], entry.metadata["noise"]) == ("occasion", "local")
 
 
 def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
@@ -290,6 +292,21 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
     trusting = replace(policy, trust_server=True)
     trusting.admit(terms, Purpose(3, "homomorphic", "generator"), ledger)
     trusting.record(terms, ledger, run="r", round=1)
+
+
+def test_distributed_noise_needs_no_trusted_server_but_honest_devices(ledger: Ledger) -> None:
+    """Half of eight are four; noise that is complete on each device needs no other; none may need more."""
+    terms = replace(per("library", noise=8.0), noise="distributed", honest_devices=4)
+    policy = replace(POLICY, max_epsilon=20.0)
+    policy.admit(terms, Purpose(8, "homomorphic", "generator"), ledger)
+    with pytest.raises(PolicyRefusal, match="relies on the noise of 4 devices in sums that may have only 7"):
+        policy.admit(terms, Purpose(7, "homomorphic", "generator"), ledger)
+    alone = replace(policy, honest_fraction=0.0)
+    alone.admit(replace(terms, honest_devices=1), Purpose(3, "homomorphic", "generator"), ledger)
+    with pytest.raises(PolicyRefusal, match="trusts at most 0% of them"):
+        alone.admit(terms, Purpose(8, "homomorphic", "generator"), ledger)
+    entry = policy.record(terms, ledger, run="r", round=1)
+    assert (entry.metadata["noise"], entry.metadata["honest_devices"]) == ("distributed", "4")
 
 
 def test_evaluation_is_admitted_and_recorded_like_training(ledger: Ledger) -> None:

@@ -279,7 +279,7 @@ def test_nothing_hostile_becomes_markup_and_nothing_is_loaded(owner: Owner) -> N
 
 def test_what_the_server_saw_without_noise_comes_first(owner: Owner) -> None:
     """A guarantee per library excludes the server; a guarantee per photo includes it."""
-    metadata = {"unit": "library", "noise_at": "server"}
+    metadata = {"unit": "library", "noise": "central"}
     entry = owner.ledger.record(noised(5.0), run="r", round=1, metadata=metadata)
     for _ in range(2):  # sent twice, seen once
         owner.send(b"plain", entry)

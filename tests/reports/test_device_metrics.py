@@ -44,6 +44,7 @@ def a_ranking(ties: bool) -> RankingReport:
         candidates=(reply, replace(reply, when="other")),
         rankings=(ranking,),
         epsilon=Epsilon(lower=5.9, estimate=6.0, upper=6.0, delta=1e-4, unit="occasion"),
+        noise="local",
         notes=(),
     )
 

@@ -28,8 +28,24 @@ SCHEDULE = Schedule(rounds=1, steps_per_round=3, sampling_rate=0.1, expected_bat
 @pytest.fixture(scope="module")
 def library(record: RunRecord) -> RunRecord:
     """A run whose server adds the noise."""
-    target = PrivacyTarget(epsilon=8.0, delta=1e-4, unit="library", trust="server")
+    target = PrivacyTarget(epsilon=8.0, delta=1e-4, unit="library", noise="central")
     return replace(record, plan=make_plan(target, SCHEDULE, update_clip_norm=0.07))
+
+
+def test_distributed_noise_protects_from_the_server_if_devices_are_honest(
+    record: RunRecord, folder: Path
+) -> None:
+    """Each report says against whom the guarantee holds, and on whom it relies."""
+    target = PrivacyTarget(epsilon=8.0, delta=1e-4, unit="library", noise="distributed")
+    shared = replace(record, plan=make_plan(target, SCHEDULE, update_clip_norm=0.07, honest_devices=3))
+    for text in (html_report.render(shared, folder), model_card.render(shared)):
+        assert (
+            "if at least 3 devices in each sum add their share of the noise and keep it from the server"
+            in text
+        )
+        assert "trusted server" not in text and "receives every update without noise" not in text
+    assert "an attack on a single update" in disclosures.attack_note(shared)
+    assert all(isinstance(each.scores.defense, NoDefense) for each in disclosures.applicable_attacks(shared))
 
 
 def test_a_trusted_servers_guarantee_covers_what_it_publishes(library: RunRecord, folder: Path) -> None:
@@ -118,7 +134,8 @@ def test_what_cannot_be_undone_is_stated_without_a_withdrawal_too(record: RunRec
     for text in (html_report.render(record, folder), model_card.render(record)):
         assert "What cannot be undone" in text and "No device has withdrawn from this run." in text
     left = replace(
-        record, withdrawals=(WithdrawalRecord(rounds=(3,), evaluations=1, epsilon=epsilon_after(1)),)
+        record,
+        withdrawals=(WithdrawalRecord(rounds=(3,), evaluations=1, epsilon=epsilon_after(1), noise="local"),),
     )
     result = disclosures.withdrawal_notes(left)
     assert "No device has withdrawn from this run." not in result

@@ -10,7 +10,13 @@ from made_up import around, attacks
 
 from fedface import number_format
 from fedface.measurements import Epsilon, Interval, NotMeasured
+from fedface.privacy.plan import DPParameters, Schedule
 from fedface.reports import formatting
+
+DP = DPParameters(
+    schedule=Schedule(rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch_size=1, clip_norm=1.0),
+    noise_multiplier=1.0,
+)
 
 
 def test_an_infinite_epsilon_is_not_a_number_in_the_record() -> None:
@@ -49,11 +55,11 @@ def test_a_share_close_to_one_is_never_rounded_up_to_one(share: float, text: str
 
 def test_an_epsilon_of_sixty_is_reported_as_no_bound() -> None:
     """1 / (1 + e^-60) is 1 to the last bit."""
-    words = formatting.meaning(Epsilon(lower=60.0, estimate=60.0, upper=60.0, delta=1e-3, unit="photo"))
+    words = formatting.meaning(Epsilon(lower=60.0, estimate=60.0, upper=60.0, delta=1e-3, unit="photo"), DP)
     assert "at most 100\N{NO-BREAK SPACE}% sure" in words and "weak bound" in words
 
 
 def test_epsilon_one_bounds_a_prior_of_one_half_by_73_percent() -> None:
     """e / (1 + e) = 0.731."""
-    words = formatting.meaning(Epsilon(lower=1.0, estimate=1.0, upper=1.0, delta=1e-5, unit="photo"))
+    words = formatting.meaning(Epsilon(lower=1.0, estimate=1.0, upper=1.0, delta=1e-5, unit="photo"), DP)
     assert "at most 73.2" in words and "1 in 100,000" in words and "weak" not in words
