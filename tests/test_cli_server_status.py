@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tiny import tiny_experiment
 
 from fedface.atomic_io import locked_folder
 from fedface.coordinator.run import initialize_run
-from fedface.coordinator.run_state import RunState
+from fedface.coordinator.run_state import RunState, weights_path
 from fedface.measurements import NotMeasured
 from fedface.reports.run_record import RefusalRecord, RoundRecord
 from fedface.transport.run_progress import ReportedProgress
@@ -146,6 +147,12 @@ def test_a_run_that_is_going_on_has_a_report_of_its_rounds_so_far(
     assert "So far: 0 of 2 rounds, without audits. This run is not finished" in page
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.name in before} == before
     assert not (run / "report.html").exists() and not (run / "model-card.md").exists()
+    shutil.copy(weights_path(run, 0), weights_path(run, 1))
+    assert fedface("report", "server").code == 0
+    page = (run / "report-so-far.html").read_text()
+    assert (
+        "So far: 1 of 2 rounds" in page and "<th>cellar</th>" in page and "attic refused in round 1" in page
+    )
     assert "no run other was started here" in fedface("report", "server", "other").sentence
     (run / "metrics.json").write_text('{"records": {"base": {}}, "order": ["base", "other", "third"]}')
     assert "so far 1 of 3 models are evaluated" in fedface("report", "server", "tiny").out

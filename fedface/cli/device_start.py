@@ -231,7 +231,8 @@ def _why_ended(node: Child, server: str) -> str:
     if not node.running and "terminated gracefully" in node.output():
         return f"{server} no longer accepts this device: its operator has revoked it, or a clock was set"
     unknown = (
-        "; ask the server's operator to register this device's public key, and after a crash wait a minute"
+        "; the server's operator has to register this device's public key, and only one device at a time can be "
+        "connected with it; after a crash wait a minute"
     )
     return f"the connection to {server} has ended: {node.why_ended()}{unknown if 'activate' in node.output() else ''}"
 

@@ -100,7 +100,7 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
     yield f"devices: {recipe.devices.count}; at least {recipe.min_responses} must respond"
     if list_devices:
         devices = describe_devices(recipe)
-        yield from _batch_size(recipe, plan, [count for _, _, count in devices if count is not None])
+        yield from _batch_size(recipe, plan, [count for _, _, count in devices])
         for name, mix, count in devices[:MAX_LISTED]:
             yield f"  {name}: {mix}, {_holding(recipe, count)}"
         if (more := len(devices) - MAX_LISTED) > 0:
@@ -168,14 +168,14 @@ def _delta_warning(recipe: Experiment) -> str | None:
     )
 
 
-def _units(recipe: Experiment, photos: int | None) -> int:
+def _units(recipe: Experiment, photos: int) -> int:
     """How many privacy units so many photos of a device are, as far as it is known: at most one for each photo."""
     match recipe.privacy, recipe.devices:
         case PrivacyTarget(unit="library"), _:
             return 1
         case PrivacyTarget(unit="occasion"), SyntheticDevices(photos_per_occasion=size):
-            return (photos or 0) // size
-    return photos or 0
+            return photos // size
+    return photos
 
 
 def _batch_size(recipe: Experiment, plan: Plan, photos: list[int]) -> Iterator[str]:
@@ -221,10 +221,10 @@ def _stays(recipe: Experiment) -> str:
     return "; ".join(part for part in (stays, counts, bound) if part)
 
 
-def _holding(recipe: Experiment, count: int | None) -> str:
+def _holding(recipe: Experiment, count: int) -> str:
     """How many photos a simulated device holds, and how many occasions where those are the unit."""
-    photos = "unknown number of photos" if count is None else number_format.counted(count, "photo")
+    photos = number_format.counted(count, "photo")
     match recipe.privacy, recipe.devices:
-        case PrivacyTarget(unit="occasion"), SyntheticDevices(photos_per_occasion=size) if count is not None:
+        case PrivacyTarget(unit="occasion"), SyntheticDevices(photos_per_occasion=size):
             return f"{photos} in {number_format.counted(count // size, 'occasion')}"
     return photos

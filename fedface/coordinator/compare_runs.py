@@ -233,7 +233,7 @@ def _reference(experiment: Experiment, size: int, faces: int) -> _Reference:
 
 def _devices(experiment: Experiment) -> str:
     everyone = describe_devices(experiment)
-    photos = sorted({count for _, _, count in everyone if count is not None})
+    photos = sorted({count for _, _, count in everyone})
     each = f"{photos[0]} to {photos[-1]}" if len(photos) > 1 else f"{photos[0]}"
     start = f"{len(everyone)} devices with {each} photos each"
     match experiment.devices:

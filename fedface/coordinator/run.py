@@ -194,7 +194,14 @@ def _record(experiment: Experiment, plan: Plan, state: RunState, models: tuple[M
         planned_epsilon=epsilon_spent(plan, experiment.rounds),
         base_hash=weights_hash(*base.modules()),
         final_hash=weights_hash(*final.modules()),
-        devices=(),
+        devices=tuple(
+            DeviceRecord(
+                id=name,
+                description="photos of its owner; not described",
+                photos=NotMeasured(not_measured="private to its owner"),
+            )
+            for name in sorted({name for each in state.rounds for name in each.participants})
+        ),
         metrics_before={},
         rounds=state.rounds,
         bias_before=missing,
@@ -250,16 +257,14 @@ def _audit(
     like_devices = None if isinstance(experiment.devices, RemoteDevices) else reference.faces
     parts = _Parts(base, final, probe, like_devices, before, after, baselines, samples)
     shortened = {attack.record.scores.shortened for attack in attacked} - {""}
+    record = _record(experiment, plan, state, models)
+    simulated = tuple(
+        DeviceRecord(id=name, description=description, photos=count)
+        for name, description, count in describe_devices(experiment)
+    )
     return replace(
-        _record(experiment, plan, state, models),
-        devices=tuple(
-            DeviceRecord(
-                id=name,
-                description=description,
-                photos=NotMeasured(not_measured="private to its owner") if count is None else count,
-            )
-            for name, description, count in describe_devices(experiment)
-        ),
+        record,
+        devices=simulated or record.devices,
         metrics_before=sample_metrics(base, reference, experiment.seed),
         bias_before=before.bias,
         bias_after=after.bias,

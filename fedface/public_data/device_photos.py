@@ -23,8 +23,8 @@ def device_name(number: int) -> str:
     return f"device-{number:02d}"
 
 
-def describe_devices(experiment: Experiment) -> list[tuple[str, str, int | None]]:
-    """Name, public description and photo count (None where that is private) of every device."""
+def describe_devices(experiment: Experiment) -> list[tuple[str, str, int]]:
+    """Name, public description and photo count of every simulated device; none of remote ones, which say nothing."""
     devices = experiment.devices
     match devices:
         case SyntheticDevices():
@@ -43,10 +43,7 @@ def describe_devices(experiment: Experiment) -> list[tuple[str, str, int | None]
                 for i, photos in enumerate(_partition(experiment, devices))
             ]
         case RemoteDevices():
-            return [
-                (f"real device {i + 1}", "photos of its owner; not described", None)
-                for i in range(devices.count)
-            ]
+            return []
         case _:
             assert_never(devices)
 

@@ -1,4 +1,4 @@
-"""Twelve ways in which a run is disturbed: it goes on or ends with one sentence, and no budget is spent twice.
+"""Thirteen ways in which a run is disturbed: it goes on or ends with one sentence, and no budget is spent twice.
 
 Devices answer in one process through Flower's bytes, with their own ledgers. After each story every ledger has one
 entry for each round, costs what the plan announced, and at most one update left for a round. Other tests show:
@@ -9,6 +9,7 @@ entry for each round, costs what the plan announced, and at most one update left
     unplugged state folder      device/test_client, stories/test_promises
     full disk                   tests/test_overwriting, test_files (no half file), test_environments (the sentence)
     one state on two devices    stories/test_promises (two runs at once), privacy/test_hash_chain (a copied folder)
+    one key on two devices      stories/test_one_key (two SuperNodes: the second is refused)
     lossy link                  transport/test_flower (duplicate, late and foreign replies), transport/test_executor
     hostile replies             coordinator/test_rounds (noise, cut, shorter, NaN, huge, a sum, another key)
 """
@@ -406,6 +407,28 @@ def test_one_state_folder_on_two_devices_is_one_update_and_one_entry(run: Run) -
     assert all("two programs use one state folder" in record.dropped[0].reason for record in rounds.rounds)
     run.check_ledger(0, TWO_ROUNDS)
     run.check_ledger(2, TWO_ROUNDS)
+
+
+def test_one_key_on_two_devices_is_one_member_and_each_ledger_has_what_it_sent(run: Run) -> None:
+    """Flower knows a key, so either may get a request: here the first round reaches one, the second the other, which
+    then has no part in the first. A request that reaches both costs each its own release, and one reply is counted.
+    """
+    other = run.folder.with_name("other") / "state"
+
+    def change(number: int, device: Device) -> Device:
+        return replace(device, state=other) if number == 1 and second else device
+
+    other.mkdir(parents=True, mode=0o700)
+    second, run.change = False, change
+    assert who(run.first_round()) == [ALL]
+    second = True
+    state = run.rounds()
+    assert who(state) == [ALL, ALL] and not state.rounds[1].dropped
+    run.check_ledger(1, [("run", 2)])
+    second = False
+    run.check_ledger(1, [("run", 1)])
+    for number in (0, 2):
+        run.check_ledger(number, TWO_ROUNDS)
 
 
 def test_a_link_that_repeats_requests_and_loses_replies_costs_nothing(run: Run) -> None:
