@@ -99,7 +99,8 @@ def test_a_plan_that_does_not_fit_the_budget_is_not_admitted_unasked(  # type: i
 ) -> None:
     """Its owner would have to change the policy first."""
     assert plan.training is not None
-    dp = replace(plan.training.dp, noise_multiplier=0.1)
+    everyone = replace(plan.training.dp.schedule, sampling_rate=1.0)  # quick to price
+    dp = replace(plan.training.dp, schedule=everyone, noise_multiplier=0.4)
     other = later(server, replace(plan, name="costly", training=replace(plan.training, dp=dp)))
     result = fedface("admit", device, other, "--yes")
     assert result.code == 2 and "would be refused: over 2 rounds this run requests epsilon" in result.err
