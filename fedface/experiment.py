@@ -45,7 +45,7 @@ from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.training.flow import FlowTrainingConfig
-from fedface.training.gan import GanTrainingConfig
+from fedface.training.gan import GAN_NEEDS_LOCAL_NOISE, GanTrainingConfig
 from fedface.training.latent_prior import PriorTrainingConfig
 from fedface.training.training_methods import Training
 from fedface.training.upsampler import UpsamplerTrainingConfig
@@ -268,6 +268,8 @@ class Experiment:
             )
 
     def _check_privacy(self, target: PrivacyTarget) -> None:
+        if target.noise == "distributed":
+            self._check_distributed(target)
         if isinstance(self.devices, SyntheticDevices) and target.unit != "library":
             photos = 1 if target.unit == "photo" else self.devices.photos_per_occasion
             bound = photos / self.devices.photos_per_device
@@ -282,11 +284,6 @@ class Experiment:
                     "aggregation must be plain with central noise, where the server adds the noise to the sum "
                     f"and must be able to read it; got {self.aggregation.kind}"
                 )
-            if target.noise == "distributed" and self.aggregation.kind != "masked":
-                raise ValueError(
-                    "aggregation must be masked with distributed noise, since a single update has too little noise to "
-                    f"be seen by anyone; got {self.aggregation.kind}"
-                )
             if isinstance(self.training, PriorTrainingConfig):
                 raise ValueError(
                     "training: noise is added to sums of latents on the device; use privacy per photo or occasion"
@@ -296,6 +293,22 @@ class Experiment:
         if self.evaluation is not None and self.upsampling.downscale.noise_std > 0:
             raise ValueError(
                 "evaluation needs a downscale without noise, so that metrics depend on the photo alone"
+            )
+
+    def _check_distributed(self, target: PrivacyTarget) -> None:
+        if self.aggregation.kind != "masked":
+            raise ValueError(
+                "aggregation must be masked with distributed noise, since a single update has too little noise to "
+                f"be seen by anyone; got {self.aggregation.kind}"
+            )
+        if target.unit == "library":
+            return
+        if isinstance(self.training, GanTrainingConfig):
+            raise ValueError(f"training: {GAN_NEEDS_LOCAL_NOISE}")
+        if (steps := self.training.schedule().steps_per_round) != 1:
+            raise ValueError(
+                f"training: steps_per_round must be 1 with distributed noise per {target.unit}, since a second step "
+                f"would read the first without noise; got {steps}"
             )
 
     def _check_library_evaluation(self, evaluation: EvaluationConfig) -> None:

@@ -22,6 +22,7 @@ from fedface.audits.dp_ratio_estimates import DP_METRICS, DPRatioEstimate, diffe
 from fedface.audits.group_metrics import Gap
 from fedface.errors import AggregationError
 from fedface.measurements import LEVEL, Interval, NotMeasured
+from fedface.privacy_units import Unit
 from fedface.tensor_types import Vector
 
 IMPOSSIBLE = 6.0  # standard deviations of noise; two totals in a billion lie further out
@@ -183,6 +184,7 @@ def estimate_metrics(
     noise_multiplier: float,
     devices: int,
     noises: float | None = None,
+    unit: Unit = "photo",
 ) -> DPMetricEstimates:
     """The metrics in a total, by tone group and overall.
 
@@ -197,9 +199,9 @@ def estimate_metrics(
         clip_norm: As on the devices.
         noise_multiplier: sigma; each noise has standard deviation sigma * clip_norm on every number.
         devices: How many devices are in the sum, >= 1.
-        noises: How many such noises are in the sum: None for one of each device, otherwise a number: 1 where the server
-            adds it, or what the devices' shares add up to. Then a device is one unit, so that at most `devices` are
-            counted, and fewer than `min_group_size` report nothing.
+        noises: How many such noises are in the sum: None for one of each device.
+        unit: Of a library, a device is one unit, so that at most `devices` are counted, and fewer than
+            `min_group_size` report nothing.
 
     Raises:
         AggregationError: The total is implausible for a sum of metrics with this noise.
@@ -214,13 +216,13 @@ def estimate_metrics(
         config=config,
         total=noise_multiplier * math.sqrt(devices if noises is None else noises),
         room=1e-3 * devices * config.max_units,
-        max_count=math.inf if noises is None else devices,
+        max_count=devices if unit == "library" else math.inf,
     )
     sums = decode_sums(total, config, clip_norm=clip_norm)
     _check_possible(sums, noise)
     rows = {name: [i] for i, name in enumerate(config.groups)}
     few = NotMeasured(not_measured=f"below {noise.min_count:.0f} units, noise included")
-    known = noises is None or devices >= config.min_group_size
+    known = unit != "library" or devices >= config.min_group_size
     reported = {
         name: _group_metrics(sums, members, noise)
         for name, members in rows.items()
@@ -365,13 +367,18 @@ def _hidden(reported: Mapping[str, GroupEstimates], gap: Gap, metric: str) -> tu
 
 
 def minimum_detectable_gap(
-    config: LocalMetricsConfig, *, noise_multiplier: float, devices: int, noises: float | None = None
+    config: LocalMetricsConfig,
+    *,
+    noise_multiplier: float,
+    devices: int,
+    noises: float | None = None,
+    unit: Unit = "photo",
 ) -> dict[str, float]:
     """By metric, the gap between two groups of equal size that the noise will hide; arguments as `estimate_metrics`.
 
     If every device has `expected_units` units; infinite where no group will be reported.
     """
-    if noises is not None and devices < config.min_group_size:
+    if unit == "library" and devices < config.min_group_size:
         return dict.fromkeys(DP_METRICS, math.inf)
     groups = len(config.groups)
     noise = _Noise(

@@ -142,9 +142,9 @@ def can_list_devices(recipe: Experiment, *, photos_given: bool) -> bool:
 
 def _noise_warning(plan: Plan, devices: int, numbers: int) -> str | None:
     """That the noise of a sum is much longer than the sum of updates can be."""
-    noises = plan.dp_parameters.noises_in_sum(devices)
-    ratio = 0.0 if noises is None else plan.noise_multiplier * math.sqrt(noises * numbers) / devices
-    if ratio < NOISE_WARNING:
+    dp = plan.dp_parameters
+    ratio = dp.noise_multiplier * math.sqrt(dp.noises_in_sum(devices) * numbers) / devices
+    if dp.unit != "library" or ratio < NOISE_WARNING:
         return None
     return (
         f"the noise has about {ratio:,.0f} times the largest possible L2 norm of the sum of {devices} "

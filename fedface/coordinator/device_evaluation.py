@@ -102,6 +102,7 @@ def request_metrics(
             noise_multiplier=dp.noise_multiplier,
             devices=round_sum.count,
             noises=dp.noises_in_sum(round_sum.count),
+            unit=dp.unit,
         ),
     )
 

@@ -3,12 +3,18 @@
 Whoever sees only the sum sees a Gaussian mechanism, whoever adds up the masked vectors: no server is trusted with the
 noise. What each device does:
 
-1. **Clip** to L2 norm `clip_norm`, and scale so that this norm is `scale` integers.
+1. **Clip** to L2 norm `clip_norm`, and scale so that this norm is `scale` integers. Where the unit is not the library,
+   what is clipped is each unit's vector, and the device has their sum.
 2. **Round** each number up or down at random, without bias, and again until the squared norm of the integers is at
    most `max_square_norm` (conditional randomised rounding). The bound is checked on integers, so that neither floating
    point nor bad luck exceeds it. Theorem 1 of Kairouz, Liu and Steinke (2021), arXiv:2102.06387, says which bound holds
    at once with probability 1 - beta. The distance between neighbours' sums is at most sqrt(max_square_norm) for
    certain, and mixtures over the rounding diverge at most as much as the worst pair in them (quasi-convexity).
+   A sum S over units is rounded once, to floor(S + u) with u uniform. One unit more, g, changes it for the same u by
+   floor(f + g) with f uniform: g itself, rounded at random, which keeps the bound with probability 1 - beta. The
+   divergence of mixtures over u is at most the mean of their parts' (joint convexity), so beta = 2^-80 a step is added
+   to delta, and lies in what the accountant sets aside. Integers beyond the ring are clamped, which brings none
+   further apart.
 3. **Add a share**: a discrete Gaussian of `share_variance` on each integer. The shares of any `honest` devices add up
    to at least the variance (noise multiplier)^2 * max_square_norm + 8, of which the 8 pay for the integers:
    privacy/discrete_gaussian.py shows that the sum costs what a Gaussian mechanism with this noise multiplier costs.
@@ -33,20 +39,21 @@ import numpy as np
 import torch
 
 from fedface.errors import PrivacyError
-from fedface.privacy.clip_and_noise import clip_l2
+from fedface.privacy.clip_and_noise import MAX_NORM, clip_l2
 from fedface.privacy.discrete_gaussian import MIN_VARIANCE, SMOOTHING, DiscreteGaussian, discrete_gaussian
 from fedface.privacy.mechanism import ClipNorm, Sigma
 from fedface.privacy.plan import DPParameters
+from fedface.privacy_units import Unit
 from fedface.randomness import SecretNoise
 from fedface.tensor_types import Vector
 from fedface.validation import AtLeast, In, checked
 
 RING_BITS = 32  # sums are taken modulo 2^32, and read as numbers from -2^31 to 2^31 - 1
-BETA = 1e-6  # the probability with which a vector is rounded once more
+BETA = 2.0**-80  # the probability with which rounding exceeds `max_square_norm`
 _MIN_SCALE = 2**12  # integers to which `clip_norm` is scaled, so that rounding lengthens it by 0.1 % at most
 _SCALE_PER_ROOT = 8  # and at least so many times the root of the dimension: by 0.3 % at most
 _MAX_LENGTHENING = 1.1  # of the norm bound by rounding; what would need more noise than that is refused
-_ATTEMPTS = 20  # so many in a row fail with probability 1e-120
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,8 @@ class DistributedNoise:
     """
 
     length: Annotated[int, In(f"[1, {1 << 30}]")]  # d, numbers in each device's vector
-    clip_norm: ClipNorm  # largest L2 norm of one device's vector
+    unit: Unit  # whose vector is clipped: the library's is all that a device sends
+    clip_norm: ClipNorm  # largest L2 norm of one unit's vector
     noise_multiplier: Sigma  # of the Gaussian mechanism whose price the sum has
     honest: Annotated[
         int, AtLeast(1)
@@ -69,9 +77,8 @@ class DistributedNoise:
     def __post_init__(self) -> None:
         if self.honest > self.max_devices:
             raise ValueError(f"honest must be at most max_devices={self.max_devices}, got {self.honest}")
-        largest = self.max_devices * (math.isqrt(self.max_square_norm) + self.share.largest)
         longer = self.max_square_norm > _MAX_LENGTHENING**2 * self.scale**2
-        if longer or largest >= 1 << (RING_BITS - 1):
+        if longer or self.largest < math.isqrt(self.max_square_norm):
             raise PrivacyError(
                 f"the noise of {self.max_devices} devices does not fit sums of {RING_BITS} bits at noise multiplier "
                 f"{self.noise_multiplier:g} with {self.honest} honest devices; use fewer devices, a larger epsilon, or "
@@ -90,13 +97,18 @@ class DistributedNoise:
         )
 
     @property
+    def largest(self) -> int:
+        """The largest absolute value of a device's integers before noise: so many devices' sum stays in the ring."""
+        return ((1 << (RING_BITS - 1)) - 1) // self.max_devices - self.share.largest
+
+    @property
     def step(self) -> float:
         """What one integer stands for, in the unit of `clip_norm`."""
         return self.clip_norm / self.scale
 
     @cached_property
     def max_square_norm(self) -> int:
-        """The largest squared L2 norm of a device's integers: the squared sensitivity of the sum."""
+        """By how much one unit changes the sum's integers: the largest squared L2 norm."""
         scale, root = float(self.scale), math.sqrt(self.length)
         likely = scale**2 + self.length / 4 + math.sqrt(2.0 * math.log(1.0 / BETA)) * (scale + root / 2)
         return math.floor(min((scale + root) ** 2, likely))
@@ -118,7 +130,8 @@ class DistributedNoise:
             return None
         return DistributedNoise(
             length=length,
-            clip_norm=dp.update_clip_norm,
+            unit=dp.unit,
+            clip_norm=dp.update_clip_norm if dp.unit == "library" else dp.schedule.clip_norm,
             noise_multiplier=dp.noise_multiplier,
             honest=dp.honest_devices,
             max_devices=max_devices,
@@ -134,7 +147,8 @@ def noised_integers(update: Vector, noise: DistributedNoise) -> np.ndarray:
     """A device's vector as integers with its share of the noise; never call it twice on one update.
 
     Args:
-        update: Shape (d,). It is clipped here; one with a non-finite entry counts as zero.
+        update: Shape (d,). That of a library is clipped here; otherwise it is a sum of clipped vectors. One with a
+            non-finite entry counts as zero.
         noise: What the devices of the sum agreed on.
 
     Returns:
@@ -145,8 +159,10 @@ def noised_integers(update: Vector, noise: DistributedNoise) -> np.ndarray:
     """
     if tuple(update.shape) != (noise.length,):
         raise ValueError(f"expected a vector of {noise.length} numbers, got shape {tuple(update.shape)}")
-    secret = SecretNoise()
-    integers = _rounded(clip_l2(update.detach().cpu(), noise.clip_norm), noise, secret)
+    secret, whole = SecretNoise(), noise.unit == "library"
+    values = clip_l2(update.detach().cpu(), noise.clip_norm if whole else MAX_NORM)
+    scaled = values.double().numpy() * (noise.scale / noise.clip_norm)
+    integers = (_rounded_within_norm if whole else _rounded)(scaled, noise, secret)
     return np.asarray(integers + noise.share.sample(noise.length, secret))
 
 
@@ -155,14 +171,19 @@ def from_sum(integers: np.ndarray, noise: DistributedNoise) -> Vector:
     return torch.from_numpy((integers * noise.step).astype(np.float32))
 
 
-def _rounded(update: Vector, noise: DistributedNoise, secret: SecretNoise) -> np.ndarray:
-    """Integers, int64 (d,), of squared norm at most `max_square_norm`, whose mean is the scaled update."""
-    scaled = update.double().numpy() * (noise.scale / noise.clip_norm)
+def _rounded(scaled: np.ndarray, noise: DistributedNoise, secret: SecretNoise) -> np.ndarray:
+    """Numbers (d,) rounded up or down at random, without bias, and clamped to the ring, int64."""
     down = np.floor(scaled)
+    rounded = down + (secret.uniforms(noise.length) < scaled - down)
+    return np.asarray(rounded.clip(-noise.largest, noise.largest).astype(np.int64))
+
+
+def _rounded_within_norm(scaled: np.ndarray, noise: DistributedNoise, secret: SecretNoise) -> np.ndarray:
+    """The same, of squared norm at most `max_square_norm` for certain."""
     for _ in range(_ATTEMPTS):
-        integers = (down + (secret.uniforms(noise.length) < scaled - down)).astype(np.int64)
+        integers = _rounded(scaled, noise, secret)
         if int(integers @ integers) <= noise.max_square_norm:
-            return np.asarray(integers)
+            return integers
     towards_zero = np.trunc(scaled).astype(np.int64)  # never longer than the update
     if int(towards_zero @ towards_zero) <= noise.max_square_norm:
         return np.asarray(towards_zero)

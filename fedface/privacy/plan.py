@@ -4,9 +4,10 @@ A device receives the parameters, never an epsilon, and prices them itself. The 
 together meets the target: all rounds, and what is released beside them, such as evaluation metrics.
 
 Noise is added in one of three places. Photo and occasion: on the device, in every private step ("local"). Library:
-once to each round's sum of whole updates, each clipped to `update_clip_norm`, either by the server, which is trusted
-with them ("central"), or in shares by the devices, before the updates are masked ("distributed", see
-privacy/distributed_noise.py). Both are a Gaussian mechanism of the same noise multiplier, at the same price.
+once to each round's sum of whole updates, each clipped to `update_clip_norm`, by the server, which is trusted with
+them ("central"). Any unit: in shares by the devices, before what they send is masked ("distributed", see
+privacy/distributed_noise.py); per photo or occasion a device then takes one private step in a round, and sends its sum.
+The price follows from the noise multiplier alone, not from who adds the noise.
 
 Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a public rate and divisor.
 """
@@ -72,6 +73,11 @@ class DPParameters:
 
     def __post_init__(self) -> None:
         check_noise(self.unit, self.noise)
+        if self.sends_sums and self.schedule.steps_per_round != 1:
+            raise ValueError(
+                f"steps_per_round must be 1 with distributed noise per {self.unit}: a second step would read the "
+                f"first without noise, got {self.schedule.steps_per_round}"
+            )
         if (self.honest_devices > 0) != (self.noise == "distributed"):
             raise ValueError(
                 "honest_devices must be at least 1 with distributed noise and 0 without, got "
@@ -83,23 +89,35 @@ class DPParameters:
         """Whether there is noise, hence a finite epsilon."""
         return self.noise_multiplier > 0
 
+    @property
+    def sends_sums(self) -> bool:
+        """Whether a device sends the sum of its one private step, to which the devices' shares of noise are added."""
+        return self.noise == "distributed" and self.unit != "library"
+
     def mechanism(self) -> GaussianSum | ClippedSum:
-        """What each step on the device releases; its type says whether steps have noise."""
-        if self.is_private and self.noise == "local":
-            return GaussianSum(clip_norm=self.schedule.clip_norm, sigma=self.noise_multiplier)
-        return ClippedSum(clip_norm=self.schedule.clip_norm)
+        """What each step computes on the device; its type says whether the device adds all of the noise to it."""
+        released = self.released_mechanism()
+        return released if self.noise == "local" else ClippedSum(clip_norm=self.schedule.clip_norm)
 
     def sum_mechanism(self) -> GaussianSum | None:
-        """How whole updates are clipped and their sum is noised, in public ranges; None where steps have the noise."""
-        if self.is_private and self.noise != "local":
+        """Per library: how whole updates are clipped and their sum is noised, in public ranges; otherwise None."""
+        if self.is_private and self.unit == "library":
             return GaussianSum(clip_norm=self.update_clip_norm, sigma=self.noise_multiplier)
         return None
 
-    def noises_in_sum(self, devices: int) -> float | None:
-        """How many times the variance of the noise multiplier a sum over devices has; None: each device's, in full."""
+    def released_mechanism(self) -> GaussianSum | ClippedSum:
+        """What is priced: the noised sum of each private step, or per library that of whole updates."""
+        if not self.is_private:
+            return ClippedSum(clip_norm=self.schedule.clip_norm)
+        return self.sum_mechanism() or GaussianSum(
+            clip_norm=self.schedule.clip_norm, sigma=self.noise_multiplier
+        )
+
+    def noises_in_sum(self, devices: int) -> float:
+        """How many times the variance that belongs to the noise multiplier is in a sum over so many devices."""
         match self.noise:
             case "local":
-                return None
+                return float(devices)
             case "central":
                 return 1.0
             case "distributed":
@@ -117,18 +135,14 @@ class DPParameters:
         if count < 1:
             raise ValueError(f"rounds must be at least 1, got {count}")
         floor = round_floor(count)
-        of_sums = self.sum_mechanism()
-        if of_sums is not None:
-            return compose([SampledGaussian(sampling_rate=1.0, sum=of_sums, steps=count).event(), floor])
-        mechanism = self.mechanism()
+        mechanism = self.released_mechanism()
         match mechanism:
             case GaussianSum():
-                steps = SampledGaussian(
-                    sampling_rate=self.schedule.sampling_rate,
-                    sum=mechanism,
-                    steps=count * self.schedule.steps_per_round,
-                )
-                return compose([steps.event(), floor])
+                steps, rate = self.schedule.steps_per_round, self.schedule.sampling_rate
+                if self.unit == "library":
+                    steps, rate = 1, 1.0
+                sums = SampledGaussian(sampling_rate=rate, sum=mechanism, steps=count * steps)
+                return compose([sums.event(), floor])
             case ClippedSum():
                 return mechanism.event()
             case _:
@@ -295,25 +309,26 @@ class Plan:
 
     def _noise(self) -> list[str]:
         s, sigma = self.schedule, self.noise_multiplier
-        deviation, honest = sigma * self.update_clip_norm, self.honest_devices
-        clipped = (
-            f"each device's whole update is clipped to L2 norm {self.update_clip_norm:g}, in public ranges"
-        )
+        honest = self.honest_devices
+        clipped, deviation = [], sigma * s.clip_norm / s.expected_batch_size
+        if self.dp_parameters.unit == "library":
+            deviation, norm = sigma * self.update_clip_norm, f"{self.update_clip_norm:g}"
+            clipped = [f"each device's whole update is clipped to L2 norm {norm}, in public ranges"]
         match self.dp_parameters.noise:
             case "local":
                 return [
-                    f"noise multiplier {sigma:g}: Gaussian noise of standard deviation "
-                    f"{sigma * s.clip_norm / s.expected_batch_size:.3g} on every number and step",
+                    f"noise multiplier {sigma:g}: Gaussian noise of standard deviation {deviation:.3g} on every number "
+                    "and step",
                 ]
             case "central":
                 return [
-                    clipped,
+                    *clipped,
                     f"noise multiplier {sigma:g}: the trusted server adds Gaussian noise of standard deviation "
                     f"{deviation:.3g} to every number of each round's sum",
                 ]
             case "distributed":
                 return [
-                    clipped,
+                    *clipped,
                     f"noise multiplier {sigma:g}: each device adds discrete Gaussian noise of standard deviation "
                     f"{deviation / math.sqrt(honest):.3g} to every number before it is masked, so that any "
                     f"{_counted(honest, 'device')} in a round's sum add {deviation:.3g}",
@@ -346,11 +361,11 @@ def attack_ceilings(releases: RunReleases, candidates: int) -> tuple[AttackCeili
     dp = releases.training
     if dp is None:
         return ()
-    noise = dp.sum_mechanism() or dp.mechanism()
+    noise = dp.released_mechanism()
     if isinstance(noise, ClippedSum):
         return ()
     s = dp.schedule
-    steps, q = (s.steps_per_round, s.sampling_rate) if dp.noise == "local" else (1, 1.0)
+    steps, q = (1, 1.0) if dp.unit == "library" else (s.steps_per_round, s.sampling_rate)
 
     def event(rate: float, count: int) -> Event:
         return SampledGaussian(sampling_rate=rate, sum=noise, steps=count).event()

@@ -250,7 +250,7 @@ class DevicePolicy:
                 "in this run the server adds the noise; the owner of this device does not trust servers with that"
             )
         rate = terms.schedule.sampling_rate
-        if terms.noise == "local" and rate < LEAST_RATE * self.delta:
+        if terms.unit != "library" and rate < LEAST_RATE * self.delta:
             raise PolicyRefusal(
                 f"the sampling rate {rate:g} is below {LEAST_RATE} times this device's delta "
                 f"{format_delta(self.delta)}: delta alone would cover a step that discloses the few units that join it",

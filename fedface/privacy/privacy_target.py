@@ -34,9 +34,10 @@ def check_noise(unit: Unit, noise: Noise) -> None:
             "server is trusted: it sees each update and adds the noise to their sum) with unit library, got "
             f'"{noise}"'
         )
-    if unit != "library" and noise != "local":
+    if unit != "library" and noise == "central":
         raise ValueError(
-            f'noise must be "local" with unit {unit}: devices add all of it in each step, got "{noise}"'
+            f'noise must be "local" (each device adds all of it in each step) or "distributed" with unit {unit}, got '
+            f'"{noise}"'
         )
 
 

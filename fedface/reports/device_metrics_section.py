@@ -149,6 +149,7 @@ def hidden_sentence(record: RunRecord) -> str:
             noise_multiplier=last.noise_multiplier,
             devices=devices,
             noises=record.plan.dp_parameters.noises_in_sum(devices),
+            unit=record.plan.dp_parameters.unit,
         )
     if not all(math.isfinite(found[name]) for name in HEADLINE_METRICS):
         return ""

@@ -106,19 +106,22 @@ def _privacy(record: RunRecord) -> list[str]:
         f"{number_format.counted(schedule.rounds, 'round')} of "
         f"{number_format.counted(schedule.steps_per_round, 'step')}"
     )
-    if dp.noise != "local":
+    trusted = {
+        "local": "only the device itself, which clips gradients and adds the noise.",
+        "central": "the server. It receives each device's update without noise and adds the noise to the sum.",
+        "distributed": f"no server. Of the devices in each sum, {dp.honest_devices} must add their share of the noise "
+        "and keep it from the server, which sees only the sum.",
+    }[dp.noise]
+    if dp.unit == "library":
         mechanism = [
-            "- Trusted: the server. It receives each device's update without noise and adds the noise to the sum."
-            if dp.noise == "central"
-            else f"- Trusted: no server. Of the devices in each sum, {dp.honest_devices} must add their share of the "
-            "noise and keep it from the server, which sees only the sum.",
+            f"- Trusted: {trusted}",
             f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}; each device's update is clipped to "
             f"L2 norm {number_format.constant(plan.update_clip_norm)}; {steps}, every device in each round; "
             f"adjacency: {ADJACENCY}",
         ]
     else:
         mechanism = [
-            "- Trusted: only the device itself, which clips gradients and adds the noise.",
+            f"- Trusted: {trusted}",
             f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}, clip norm "
             f"{number_format.constant(schedule.clip_norm)}, sampling rate "
             f"{number_format.constant(schedule.sampling_rate)}, {steps}; adjacency: {ADJACENCY}",

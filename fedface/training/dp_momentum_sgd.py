@@ -28,7 +28,7 @@ class MomentumSettings(DPSGDSettings):
     momentum: float  # fraction of the last step that is repeated in the next, in [0, 1)
 
 
-def dp_sgd_steps(
+def dp_sgd_update(
     problem: PerExampleProblem,
     photos: StoredImages,
     dp: DPParameters,
@@ -36,13 +36,15 @@ def dp_sgd_steps(
     *,
     rng: NoiseSource,
     units: Tensor | None = None,
-) -> None:
-    """Change the trained weights of the problem's network in place, by `dp.schedule.steps_per_round` private steps.
+) -> Vector:
+    """The change of the trained weights by `dp.schedule.steps_per_round` private steps, shape (d,).
+
+    Where noise is added to the sum over devices, it is exactly -lr times the one step's sum without noise.
 
     Photos enter only through `private_gradient`, once per step.
 
     Args:
-        problem: With the device's own copy of the network.
+        problem: With the device's own copy of the network, which is changed.
         photos: All photos of the device, (n, ...), n >= 0; bytes (uint8) become floats a microbatch at a time.
         dp: Schedule and noise, as recorded in the ledger.
         config: Learning rate, lowered for the noise, and momentum.
@@ -52,7 +54,7 @@ def dp_sgd_steps(
     sampled = SampledMechanism.of(dp, rng)
     problem = with_deterministic_microbatch(problem, photos.shape[1:])
     lr = _scale_lr_for_noise(config, dp)
-    weights = problem.weights()
+    before, weights = flatten_trainable(problem.network), problem.weights()
     velocity = [torch.zeros_like(weight) for weight in weights]
     for _ in range(dp.schedule.steps_per_round):
         gradients = private_gradient(
@@ -60,7 +62,12 @@ def dp_sgd_steps(
         )
         with torch.no_grad():
             for weight, moving, gradient in zip(weights, velocity, gradients, strict=True):
-                weight.sub_(moving.mul_(config.momentum).add_(gradient), alpha=lr)
+                if dp.sends_sums:  # a difference of weights would round what has no noise yet
+                    weight.copy_(gradient).mul_(-lr)
+                else:
+                    weight.sub_(moving.mul_(config.momentum).add_(gradient), alpha=lr)
+    after = flatten_trainable(problem.network)
+    return after if dp.sends_sums else after - before
 
 
 def _scale_lr_for_noise(config: MomentumSettings, dp: DPParameters) -> float:
@@ -69,14 +76,19 @@ def _scale_lr_for_noise(config: MomentumSettings, dp: DPParameters) -> float:
     return config.lr * min(1.0, config.lr_noise_threshold / max(noise, 1e-9))
 
 
-def descent_ranges(network: nn.Module, config: MomentumSettings) -> Vector:
+def descent_ranges(network: nn.Module, config: MomentumSettings, dp: DPParameters) -> Vector:
     """Public bounds on how far each trained weight moves in one round, for quantisation, shape (d,), all > 0.
+
+    Where a device sends its step's sum, what one unit of that sum moves a weight by.
 
     As many photos as expected, all pulling at one weight, move it by lr * clip norm in a step, which momentum
     repeats in the steps that follow; twice that leaves room for noise and for larger batches. A weight that moves
     further is clamped.
     """
     momentum, schedule = config.momentum, config.schedule()
+    if dp.sends_sums:
+        per_unit = config.lr / dp.schedule.expected_batch_size
+        return torch.full_like(flatten_trainable(network), per_unit)
     repeated = sum(
         (1.0 - momentum ** (step + 1)) / (1.0 - momentum) for step in range(schedule.steps_per_round)
     )

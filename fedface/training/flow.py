@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedface.models.lora import Adaptation, Full, attach, flatten_trainable
+from fedface.models.lora import Adaptation, Full, attach
 from fedface.models.model import Architecture, FlowArchitecture, Model
 from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.synthetic.faces import render_people
 from fedface.tensor_types import Images, StoredImages, Vector
-from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_steps
+from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_update
 from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.per_example_gradients import (
     Draw,
@@ -161,7 +161,6 @@ class FlowRound:
         `streams` is not used: a flow's draws are as secret as its coins.
         """
         flow, config = copy.deepcopy(self.model.network(RectifiedFlow)), self.config
-        before = flatten_trainable(flow)
         draw = _draw(flow, config, rng)
         _check(flow.config, config.adapt)
         problem = PerExampleProblem(
@@ -172,12 +171,13 @@ class FlowRound:
             microbatch=_PHOTOS_AT_ONCE if _PHOTOS_AT_ONCE * config.noise_draws <= _EVALUATIONS_AT_ONCE else 1,
             recipe=(self.model.architecture, config),
         )
-        dp_sgd_steps(problem, photos, self.dp, config, rng=rng, units=guaranteed_units(self.dp, units))
-        return flatten_trainable(flow) - before
+        return dp_sgd_update(
+            problem, photos, self.dp, config, rng=rng, units=guaranteed_units(self.dp, units)
+        )
 
     def ranges(self) -> Vector:
         """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
-        return descent_ranges(self.model.network(RectifiedFlow), self.config)
+        return descent_ranges(self.model.network(RectifiedFlow), self.config, self.dp)
 
     def per_example_release(self, streams: Streams) -> PerExampleRelease:
         """The gradient of a photo's loss at draws that the attacker knows, the same for every photo."""

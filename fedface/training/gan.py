@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Adam
 
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, PrivacyError
 from fedface.models.checkpoint import estimate_mean_style
 from fedface.models.discriminator import Discriminator
 from fedface.models.lora import Adaptation, Full, flatten_trainable
@@ -54,6 +54,10 @@ from fedface.validation import In, checked
 
 MAX_FAKES = 4096  # generated images in a step, and generator steps after each of the discriminator's
 MAX_FAKES_PER_ROUND = 1_000_000  # a hostile task must not keep a device busy for days
+GAN_NEEDS_LOCAL_NOISE = (
+    "the generator learns from the discriminator on the device, before noise could be added to a sum: per photo or "
+    "occasion this training needs local noise"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,13 @@ class GanTrainingConfig(DPSGDSettings):
             )
 
     def prepare(self, model: Model, dp: DPParameters, rng: torch.Generator) -> GanRound:
-        """A round on a copy of the model; `rng` draws the public directions of low-rank changes."""
+        """A round on a copy of the model; `rng` draws the public directions of low-rank changes.
+
+        Raises:
+            PrivacyError: Noise is added to the sum over devices alone, but the generator learns from a step before.
+        """
+        if dp.sends_sums:
+            raise PrivacyError(f"{GAN_NEEDS_LOCAL_NOISE}; nothing was computed")
         return GanRound(mark_trainable(model, self.adapt, rng), self, dp)
 
 

@@ -138,6 +138,8 @@ class PriorRound:
         mean squares and products within nine. What noise or more photos add beyond is clamped.
         """
         layout = _layout(self.model.network(LatentEncoder).latent_width, self.config)
+        if self.dp.sends_sums:  # what is sent is then the sum itself
+            return torch.full((sum(layout.sizes),), 1.0 / self.dp.schedule.expected_batch_size)
         photos = self.config.max_photos / self.config.expected_batch_size
         bounds = torch.tensor([layout.count, 3.0 * layout.first, 9.0 * layout.squares], dtype=torch.float64)
         return (photos * bounds).float().repeat_interleave(torch.tensor(layout.sizes))
@@ -336,7 +338,7 @@ def _estimate_moments(
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
     sums = total.double() * dp.schedule.expected_batch_size
-    noise = dp.noise_multiplier * dp.schedule.clip_norm * math.sqrt(devices)
+    noise = dp.noise_multiplier * dp.schedule.clip_norm * math.sqrt(dp.noises_in_sum(devices))
     photos = float(sums[0]) / layout.count
     if not photos > max(1.0, 3.0 * noise / layout.count):
         return None

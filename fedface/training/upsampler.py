@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import ConfigError
-from fedface.models.lora import Adaptation, Full, attach, flatten_trainable
+from fedface.models.lora import Adaptation, Full, attach
 from fedface.models.model import (
     Architecture,
     Model,
@@ -32,7 +32,7 @@ from fedface.models.model import (
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, StoredImages, Vector
-from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_steps
+from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_update
 from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.per_example_gradients import (
     Network,
@@ -159,19 +159,19 @@ class UpsamplerRound:
         config = self.config
         values = check_trainable(self.model.architecture, config)
         network = copy.deepcopy(self.model.upsampler)
-        before = flatten_trainable(network)
         problem = PerExampleProblem(
             network,
             self._loss(),
             microbatch=16 if 16 * values <= _MICROBATCH_VALUES else 1,
             recipe=(self.model.architecture, config),
         )
-        dp_sgd_steps(problem, photos, self.dp, config, rng=rng, units=guaranteed_units(self.dp, units))
-        return flatten_trainable(network) - before
+        return dp_sgd_update(
+            problem, photos, self.dp, config, rng=rng, units=guaranteed_units(self.dp, units)
+        )
 
     def ranges(self) -> Vector:
         """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
-        return descent_ranges(self.model.upsampler, self.config)
+        return descent_ranges(self.model.upsampler, self.config, self.dp)
 
     def per_example_release(self, streams: Streams) -> PerExampleRelease:
         """The gradient of a photo's loss."""

@@ -165,7 +165,7 @@ def test_a_device_sends_no_share_of_noise_where_the_server_sees_single_updates(t
         ({"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "noise must be"),
         (
             {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, noise: central}"},
-            "devices add all of it in each step",
+            "each device adds all of it in each step",
         ),
         (
             {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, noise: distributed}"},
@@ -244,6 +244,7 @@ def test_metrics_per_library_are_estimated_with_one_noise_draw(tmp_path: Path) -
             noise_multiplier=terms.noise_multiplier,
             devices=devices,
             noises=1,
+            unit="library",
         )
 
     units = read(400 * row[0], 400).overall.count

@@ -36,7 +36,14 @@ class Words(SecretNoise):
 
 
 def noise(**changes: Any) -> DistributedNoise:
-    terms = {"length": 1000, "clip_norm": 0.5, "noise_multiplier": 1.5, "honest": 3, "max_devices": 5}
+    terms = {
+        "length": 1000,
+        "unit": "library",
+        "clip_norm": 0.5,
+        "noise_multiplier": 1.5,
+        "honest": 3,
+        "max_devices": 5,
+    }
     return DistributedNoise(**(terms | changes))
 
 
@@ -150,6 +157,54 @@ def test_no_rounded_vector_exceeds_the_bound_even_where_every_number_is_rounded_
     assert integers.tolist()[:3] == [n.scale // 1000] * 3
 
 
+def test_one_photo_more_changes_the_integers_of_a_sum_by_the_bound_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same uniform numbers round both sums, of any length, and no number leaves a device's part of the ring."""
+    coins = np.random.default_rng(3).random(1000)
+    monkeypatch.setattr(SecretNoise, "uniforms", lambda self, count: coins)
+    monkeypatch.setattr(DiscreteGaussian, "sample", lambda self, count, secret: np.zeros(count, np.int64))
+    n = noise(unit="photo")
+    total, photo = torch.randn(2, 1000, generator=torch.Generator().manual_seed(4)).double()
+    photo *= n.clip_norm / photo.norm()
+    one, more = (noised_integers(100.0 * total + x, n) for x in (torch.zeros(1000), photo))
+    assert 0.99 * n.scale**2 <= int((more - one) @ (more - one)) <= n.max_square_norm
+    assert abs(one * n.step - 100.0 * total.numpy()).max() <= n.step
+    for far in (1e9, -1e9):
+        (number,) = set(noised_integers(torch.full((1000,), far), n).tolist())
+        assert n.max_devices * (abs(number) + n.share.largest) < 2**31 and number * far > 0
+
+
+def test_rounding_a_sum_once_costs_at_most_what_rounding_each_photo_does() -> None:
+    """By brute force: a sum of 0.3 and one photo of 1.7 more, which rounded is 2 at most."""
+    total = np.pad(probabilities(16, 3), (0, 2))
+
+    def rounded(value: float) -> np.ndarray:
+        down = math.floor(value)
+        up = value - down
+        return (1 - up) * np.roll(total, down) + up * np.roll(total, down + 1)
+
+    for epsilon in (0.1, 1.0):
+        exact = hockey_stick(rounded(0.3 + 1.7), rounded(0.3), epsilon)
+        assert exact <= gaussian_delta(2 / math.sqrt(48 - 8), epsilon) + 1e-13
+
+
+def test_per_photo_a_round_is_one_private_step_at_the_price_of_local_noise() -> None:
+    """Amplified by sampling as before: the server sees sums in which every device's coins are secret."""
+    schedule = Schedule(rounds=9, steps_per_round=1, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.3)
+    target = PrivacyTarget(epsilon=3.0, delta=1e-5, noise="distributed")
+    plan, local = (
+        make_plan(replace(target, noise=noise), schedule, honest_devices=honest)
+        for noise, honest in (("distributed", 4), ("local", 0))
+    )
+    assert (plan.noise_multiplier, plan.epsilon()) == (local.noise_multiplier, local.epsilon())
+    agreed = DistributedNoise.of(plan.dp_parameters, 50, 8)
+    assert agreed is not None and (agreed.unit, agreed.clip_norm) == ("photo", 0.3)
+    assert (plan.dp_parameters.noises_in_sum(8), local.dp_parameters.noises_in_sum(8)) == (2.0, 8.0)
+    with pytest.raises(ValueError, match="steps_per_round must be 1 with distributed noise per photo"):
+        replace(plan.dp_parameters, schedule=replace(schedule, steps_per_round=2))
+
+
 def test_a_sum_of_noised_integers_is_the_sum_of_the_clipped_updates_with_the_noise_of_all_shares() -> None:
     """Five devices; one update is too long, one is not finite and counts as zero."""
     n = noise(length=100_000)
@@ -188,7 +243,7 @@ def test_distributed_noise_costs_what_central_noise_does_and_is_agreed_on_by_all
     dp, sigma = plan.dp_parameters, plan.noise_multiplier
     assert (sigma, plan.epsilon()) == (central.noise_multiplier, central.epsilon())
     assert DistributedNoise.of(dp, 1000, 100) == DistributedNoise(
-        length=1000, clip_norm=0.5, noise_multiplier=sigma, honest=50, max_devices=100
+        length=1000, unit="library", clip_norm=0.5, noise_multiplier=sigma, honest=50, max_devices=100
     )
     assert DistributedNoise.of(central.dp_parameters, 1000, 100) is None
     assert (dp.noises_in_sum(80), central.dp_parameters.noises_in_sum(80)) == (1.6, 1.0)
@@ -201,10 +256,7 @@ def test_distributed_noise_costs_what_central_noise_does_and_is_agreed_on_by_all
     ("terms", "problem"),
     [
         ({"unit": "library"}, "noise must be"),
-        (
-            {"unit": "photo", "noise": "distributed", "honest_devices": 3},
-            "noise must be .local. with unit photo",
-        ),
+        ({"unit": "photo", "noise": "central"}, "noise must be .local. .*or .distributed. with unit photo"),
         (
             {"unit": "library", "noise": "distributed"},
             "honest_devices must be at least 1 with distributed noise",

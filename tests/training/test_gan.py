@@ -228,3 +228,11 @@ def test_a_round_that_would_take_years_is_refused() -> None:
     """Each factor is allowed by itself; a hostile task multiplies them."""
     with pytest.raises(ValueError, match="generated images in a round, got 1,200,000"):
         GanTrainingConfig(steps_per_round=100, generator_steps=999, fake_batch_size=12)
+
+
+def test_a_generator_is_not_trained_with_noise_that_only_a_sum_completes() -> None:
+    """Its steps read the discriminator after the step on photos, which would have no noise yet."""
+    dp = replace(dp_parameters(ONE_STEP, 1.0), noise="distributed", honest_devices=3)
+    with pytest.raises(PrivacyError, match="per photo or occasion this training needs local noise"):
+        ONE_STEP.prepare(tiny_gan(), dp, torch.Generator())
+    assert ONE_STEP.prepare(tiny_gan(), replace(dp, unit="library"), torch.Generator())

@@ -94,6 +94,16 @@ def sent(
     return prior_round(reader, recipe, dp).update(seen, rng=rng, streams=STREAMS)
 
 
+def test_with_distributed_noise_a_device_sends_the_sum_of_its_photos_vectors() -> None:
+    """Without noise, in the units in which each vector is clipped; the fit expects the noise of the shares."""
+    recipe = config()
+    dp = replace(dp_parameters(recipe, 2.0), noise="distributed", honest_devices=4)
+    work = prior_round(encoder(), recipe, dp)
+    sums = work.update(photos(5), rng=SecretNoise(), streams=STREAMS) / work.ranges()
+    vectors = torch.cat([photo_vectors(encoder()(photo), recipe) for photo in photos(5).split(1)])
+    torch.testing.assert_close(sums, vectors.sum(0), atol=1e-5, rtol=1e-4)
+
+
 def spread_latents(count: int) -> Latents:
     """Latents on the sphere: component 0 off centre, component 1 narrow, components 2 and 3 correlated."""
     z = torch.randn(count, WIDTH, generator=STREAMS.generator("latents"))

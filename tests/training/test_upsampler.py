@@ -99,6 +99,18 @@ def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None
 
 
 @both
+def test_with_distributed_noise_a_device_sends_the_sum_of_its_one_step(name: str) -> None:
+    """In units of clipped gradients, without noise: it is added in shares, to integers."""
+    model, dp = marked(name), dp_parameters(2.0)
+    shared = UpsamplerRound(model, CONFIG, replace(dp, noise="distributed", honest_devices=3))
+    sent = shared.update(PHOTOS, rng=SecretNoise(), streams=STREAMS)
+    plain = UpsamplerRound(model, CONFIG, dp_parameters()).update(PHOTOS, rng=seeded(), streams=STREAMS)
+    torch.testing.assert_close(sent, plain, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(sent / shared.ranges(), plain * 4 / 0.2, atol=3e-5, rtol=1e-3)
+    assert not shared.update(PHOTOS[:0], rng=SecretNoise(), streams=STREAMS).any()
+
+
+@both
 def test_noise_has_the_stated_size_also_without_a_photo(name: str) -> None:
     """An empty library: each number is rate * sigma * clip / batch of noise, and DP needs secret noise."""
     model = marked(name)
