@@ -4,8 +4,16 @@ coordinator; only the transport differs. Runs without DP use reproducible stream
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,8 +95,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Sequenc
     return experiment, in_this_process(experiment, home / "everywhere")
 
 
-def in_ray(experiment: Experiment, folder: Path) -> Sequence[Vector]:
-    """Through Flower's simulation with one actor."""
+def in_ray(experiment: Experiment, folder: Path, init_args: dict[str, Any], seen: Path) -> Sequence[Vector]:
+    """Through Flower's simulation, one CPU for an actor; each device leaves the id of its Ray node in `seen`."""
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
     from flwr.simulation import run_simulation
@@ -102,18 +110,40 @@ def in_ray(experiment: Experiment, folder: Path) -> Sequence[Vector]:
         found.extend(models(experiment, GridCohort(grid), folder))
 
     def device_for(context: Context) -> Device:
+        import ray
+
+        with seen.open("a") as file:
+            file.write(f"{ray.get_runtime_context().get_node_id()}\n")
         return simulated_device(experiment, int(context.node_config["partition-id"]), devices_folder(folder))
 
     run_simulation(
         server,
         client_app(device_for),
         num_supernodes=experiment.devices.count,
-        backend_config={
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000},
-        },
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": init_args},
     )
     return found
+
+
+@contextmanager
+def ray_node(folder: Path, *arguments: str) -> Iterator[None]:
+    """A Ray node of one CPU in processes of its own, as `ray start` on another machine would be."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", *arguments]
+    path = folder / f"ray-{len(arguments)}.log"
+    with path.open("wb") as log:
+        node = subprocess.Popen(
+            [*command, "--object-store-memory=80000000"], stdout=log, stderr=log,
+            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while "Ray runtime started" not in path.read_text():
+            assert node.poll() is None and time.monotonic() < end, path.read_text()
+            time.sleep(0.2)
+        yield
+    finally:
+        node.terminate()
+        node.wait(60)
 
 
 def furthest(ours: Sequence[Vector], theirs: Sequence[Vector]) -> float:
@@ -151,6 +181,29 @@ def test_ray_actors_give_the_same_model_as_this_process(
     pytest.importorskip("ray")
     threads = torch.get_num_threads()
     experiment, ours = plain
-    theirs = in_ray(experiment, tmp_path / "there" / "everywhere")
+    here = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000}
+    theirs = in_ray(experiment, tmp_path / "there" / "everywhere", here, tmp_path / "seen")
     assert torch.get_num_threads() == threads
+    assert furthest(ours, theirs) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_nodes_gives_the_same_model_as_this_process(
+    plain: tuple[Experiment, Sequence[Vector]], tmp_path: Path
+) -> None:
+    """Two nodes on this machine in place of two machines, as docs/scale.md starts them; both train devices."""
+    pytest.importorskip("ray")
+    experiment, ours = plain
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    head = ("--head", "--node-ip-address=127.0.0.1", f"--port={address[10:]}", "--include-dashboard=false")
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as short,  # names of sockets are short
+        ray_node(tmp_path, *head, f"--temp-dir={short}"),
+        ray_node(tmp_path, f"--address={address}", "--node-ip-address=127.0.0.1"),
+    ):
+        theirs = in_ray(
+            experiment, tmp_path / "there" / "everywhere", {"address": address}, tmp_path / "seen"
+        )
+    assert len(set((tmp_path / "seen").read_text().split())) == 2
     assert furthest(ours, theirs) < 1e-6
