@@ -2,12 +2,11 @@
 
     python benchmarks/simulation_scale.py [--devices 50 200 1000] [--method gan] [--photos 20] [--rounds 2]
 
-For each number of devices, two processes: the plain loop, which does nothing but the private steps of each device and
-adds up their updates, for at most 100 devices, because its cost does not depend on their number; and the simulation as
-`fedface run` does it, with messages, policies, ledgers, stored replies and checked sums. Photos are rendered before
-both, and what a process does once is done before. Times are CPU seconds of the whole process, for one device and round;
-other programs on the machine change them little. "Once a round" is what a round costs besides: pricing, applying,
-storing.
+The simulation is that of `fedface run`, with messages, policies, ledgers, stored replies and checked sums. The plain
+loop does nothing but the private steps of a device and adds up the updates. About fifty of its steps are spread over
+each round of the simulation, so that both meet the same load of the machine. Times are CPU seconds for one device and
+round. Photos are rendered before, and what a process does once is done before. "Once a round" is what a round costs
+besides: pricing, applying, storing. Each number of devices has a process of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,15 +29,13 @@ from fedface.coordinator.rounds import run_rounds
 from fedface.coordinator.run import initialize_run
 from fedface.coordinator.run_state import RunState
 from fedface.experiment import Experiment, devices_folder, read_experiment
-from fedface.models.model import Model
-from fedface.privacy.plan import Plan
 from fedface.randomness import SecretNoise, Streams
 from fedface.simulation.devices import simulated_device
 from fedface.simulation.in_process import in_process_cohort
-from fedface.tensor_types import Images
+from fedface.tensor_types import StoredImages
 from fedface.training.training_methods import common_streams, prepare_round
 
-MOST_PLAIN = 100
+PLAIN_STEPS = 50  # in each round
 METHODS = {
     "gan": "kind: gan-training, fake_batch_size: 8",
     "flow": "kind: flow-training",
@@ -58,12 +57,14 @@ def resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Meter:
     """CPU seconds between the request of each round and its last reply, and memory meanwhile."""
 
     devices: int
-    requests: float = 0.0
+    plain_step: Callable[[int], None]
+    requests: float = 0.0  # without the plain steps
+    plain: list[float] = field(default_factory=list)  # of each plain step
     memory: list[float] = field(default_factory=list)
     begun: float = 0.0
 
@@ -74,6 +75,11 @@ class Meter:
     def advance(self, done: int) -> None:
         """A reply was added to the sum."""
         self.memory.append(resident())
+        if done % max(1, self.devices // PLAIN_STEPS) == 0:
+            began = time.thread_time()
+            self.plain_step(done - 1)
+            self.plain.append(time.thread_time() - began)
+            self.begun += self.plain[-1]
         if done == self.devices:
             self.requests += time.process_time() - self.begun
 
@@ -94,21 +100,7 @@ def recipe(arguments: argparse.Namespace, devices: int, folder: Path) -> Experim
     return read_experiment(folder / "scale.yaml")
 
 
-def plain_loop(experiment: Experiment, plan: Plan, model: Model, photos: list[Images], rounds: int) -> float:
-    """CPU seconds for one device and round of the private steps alone."""
-    began = time.process_time()
-    for number in range(1, rounds + 1):
-        work = prepare_round(model, experiment.training, plan.dp_parameters, common_streams(0, number))
-        ranges = work.ranges()
-        total = torch.zeros_like(ranges)
-        for device, images in enumerate(photos):
-            streams = Streams(0).child(f"{device}/{number}")
-            total += work.update(images, rng=SecretNoise(), streams=streams) / ranges
-        model = work.apply(total, len(photos), Streams(0).generator("mean style"))
-    return (time.process_time() - began) / len(photos) / rounds
-
-
-def one(arguments: argparse.Namespace) -> dict[str, float]:
+def measured(arguments: argparse.Namespace) -> dict[str, float]:
     """One number of devices, in this process."""
     torch.set_num_threads(1)
     (devices,) = arguments.devices
@@ -117,29 +109,32 @@ def one(arguments: argparse.Namespace) -> dict[str, float]:
         plan, model = experiment.plan(), experiment.start()
         initialize_run(experiment, run)
         cohort = in_process_cohort(experiment, devices_folder(run), arguments.workers)
+        work = prepare_round(model, experiment.training, plan.dp_parameters, common_streams(0, 1))
+        ranges = work.ranges()
+        total = torch.zeros_like(ranges)
 
-        def photos(number: int) -> Images:
-            found = simulated_device(experiment, number, devices_folder(run)).photos(model.size).images
-            assert found.dtype == torch.float32
-            return found
+        def photos(number: int) -> StoredImages:
+            return simulated_device(experiment, number, devices_folder(run)).photos(model.size).images
 
-        plain_loop(experiment, plan, model, [photos(0)], 1)  # what a process does once
-        if arguments.part == "plain":
-            held = [photos(number) for number in range(min(devices, MOST_PLAIN))]
-            return {"cpu": plain_loop(experiment, plan, model, held, arguments.rounds)}
+        def plain_step(number: int) -> None:
+            streams = Streams(0).child(str(number))
+            total.add_(work.update(photos(number), rng=SecretNoise(), streams=streams) / ranges)
+
         for number in range(devices):
             photos(number)
-        before, meter, began = resident(), Meter(devices), time.process_time()
-        clock = time.perf_counter()
+        plain_step(0)
+        before, meter = resident(), Meter(devices=devices, plain_step=plain_step)
+        began, clock = time.process_time(), time.perf_counter()
         state = run_rounds(experiment, plan, cohort, RunState.read(run), None, meter)
-        whole = time.process_time() - began
+        whole = time.process_time() - began - sum(meter.plain)
         assert all(len(record.participants) == devices for record in state.rounds)
         stored = sum(path.stat().st_blocks * 512 for path in devices_folder(run).rglob("*"))
         tenth = len(meter.memory) // 10
         return {
+            "plain": statistics.fmean(meter.plain),
             "cpu": meter.requests / devices / arguments.rounds,
             "once": (whole - meter.requests) / arguments.rounds,
-            "clock": (time.perf_counter() - clock) / devices / arguments.rounds,
+            "clock": (time.perf_counter() - clock) / arguments.rounds,
             "before": before,
             "early": max(meter.memory[: tenth + 1]),
             "late": max(meter.memory[-tenth - 1 :]),
@@ -150,7 +145,7 @@ def one(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Parse, measure each number of devices in processes of its own, print."""
+    """Parse, measure each number of devices in a process of its own, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,36 +154,28 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=20, help="of each device")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1, help="devices that work at a time")
-    parser.add_argument("--part", choices=("plain", "simulation"), help=argparse.SUPPRESS)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.part:
-        print(json.dumps(one(arguments)))
+    if arguments.here:
+        print(json.dumps(measured(arguments)))
         return
     heads = (
-        "devices", "plain loop, CPU s", "simulation, CPU s", "ratio", "once a round, CPU s", "clock, s",
-        "MiB before", "MiB in the first tenth", "in the last tenth", "peak", "MiB of disk per device",
+        "devices", "plain loop, CPU s", "simulation, CPU s", "ratio", "once a round, CPU s", "a round by the clock, s",
+        "MiB before", "in the first tenth", "in the last tenth", "peak", "MiB of disk per device",
     )  # fmt: skip
-    print(
-        f"{arguments.method}, {arguments.photos} photos per device, {arguments.rounds} rounds of one step, ",
-        end="",
-    )
-    print(f"{arguments.workers} at a time\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("method", "photos", "rounds", "workers")]
+    print(f"{' '.join(options)}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     for devices in arguments.devices:
-        found = {}
-        for part in ("plain", "simulation"):
-            command = [sys.executable, __file__, "--part", part, "--devices", str(devices)]
-            for name in ("method", "photos", "rounds", "workers"):
-                command += [f"--{name}", str(getattr(arguments, name))]
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[part] = json.loads(printed.splitlines()[-1])
-        plain, ours = found["plain"]["cpu"], found["simulation"]
+        command = [sys.executable, __file__, "--here", f"--devices={devices}", *options]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = json.loads(printed.splitlines()[-1])
         cells = (
-            f"{devices}", f"{plain:.3f}", f"{ours['cpu']:.3f}", f"{ours['cpu'] / plain:.2f}", f"{ours['once']:.1f}",
-            f"{ours['clock']:.2f}", f"{ours['before']:.0f}", f"{ours['early']:.0f}", f"{ours['late']:.0f}",
-            f"{ours['peak']:.0f}", f"{ours['disk']:.1f}",
+            f"{devices}", f"{found['plain']:.3f}", f"{found['cpu']:.3f}", f"{found['cpu'] / found['plain']:.2f}",
+            f"{found['once']:.1f}", f"{found['clock']:.0f}", f"{found['before']:.0f}", f"{found['early']:.0f}",
+            f"{found['late']:.0f}", f"{found['peak']:.0f}", f"{found['disk']:.1f}",
         )  # fmt: skip
         print(f"| {' | '.join(cells)} |", flush=True)
-    print(f"\nThe model has {ours['weights']:.0f} weights.")
+    print(f"\nThe model has {found['weights']:,.0f} weights.")
 
 
 if __name__ == "__main__":

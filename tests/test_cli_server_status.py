@@ -14,6 +14,7 @@ from server_folder import server_folder
 from tiny import tiny_experiment
 
 from fedface.atomic_io import locked_folder
+from fedface.cli.server_flower import environment
 from fedface.coordinator.run import initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.measurements import NotMeasured
@@ -158,3 +159,11 @@ def test_a_run_that_is_going_on_has_a_report_of_its_rounds_so_far(
     assert "so far 1 of 3 models are evaluated" in fedface("report", "server", "tiny").out
     (run / "ranking.png").touch()
     assert "ranking.png" in fedface("report", "server", "tiny").out
+
+
+def test_flowers_programs_find_each_other_without_an_activated_environment(
+    server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`flower-superexec` starts `flwr-serverapp` by its name; both are beside this Python."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert shutil.which("flwr-serverapp", path=environment(server)["PATH"]) is not None

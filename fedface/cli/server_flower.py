@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,9 +89,14 @@ def check_running(folder: Path) -> None:
 
 
 def environment(folder: Path) -> Mapping[str, str]:
-    """The environment of `flwr`: the folder's connection, and no proxy for this machine."""
+    """The environment of Flower's programs: the folder's connection, and no proxy for this machine.
+
+    They find each other in PATH, also where this Python's environment is not activated.
+    """
     stored = {key: value for key, value in os.environ.items() if key.upper() != "NO_PROXY"}
-    return {**stored, "FLWR_HOME": str(write_config(folder)), "NO_PROXY": f"{LOOPBACK},localhost"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    home = str(write_config(folder))
+    return {**stored, "FLWR_HOME": home, "NO_PROXY": f"{LOOPBACK},localhost", "PATH": path}
 
 
 def flower(folder: Path, *words: str) -> dict[str, Any]:
