@@ -3,25 +3,26 @@
     python benchmarks/soak.py [--devices 10 25 50] [--rounds 3] [--last 8] [--share-imports] [--folder DIR]
 
 The server is `fedface server init`, `up`, `invite` and `run`, with nginx, TLS and Flower's SuperLink. Each device joins
-by an invitation and is its own `fedface device start`: a SuperNode, an executor and, with the first task, a worker, in
-its own sandbox. Nothing is simulated but the network. The run begins with the first number of devices. After some
-rounds it is stopped in the middle of a round, more devices are started, and it is continued; the last number of devices
-then has `--last` rounds.
+by an invitation, with the function of `fedface device join`, and is its own `fedface device start`: a SuperNode, an
+executor and, with the first task, a worker, in its own sandbox. Nothing is simulated but the network. The run begins
+with the first number of devices. After some rounds it is stopped in the middle of a round, more devices are started, and
+it is continued; the last number of devices then has `--last` rounds.
+
+With `--share-imports` the devices are forked from one process that has imported what trains, and then run the function
+of `fedface device start`. Each still has processes and a sandbox of its own; but fifty workers that import by themselves
+need 25 GiB, and forked ones share that memory until they change it.
 
 Networks, libraries and steps are tiny, because the coordination is measured: two cores train fifty devices one after
 another. Memory is the proportional set size (PSS) of all processes of a device or of the server: pages that processes
 share count once. At the end each ledger is verified: every round in which a device took part is one release in it and
 there is no other, and no computation was begun twice.
-
-With `--share-imports` the devices are forked from one process that has imported what trains, and then run the same
-function as the command. Each still has its own SuperNode, executor, worker and sandbox; but fifty workers that import by
-themselves need 25 GiB, and forked ones share that memory until they change it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import shutil
@@ -34,8 +35,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -43,6 +43,7 @@ from pathlib import Path
 import psutil
 
 from fedface.aggregation.homomorphic import HomomorphicKeys, make_keys
+from fedface.cli.device_join import Answers, device_join
 from fedface.experiment import read_experiment
 from fedface.models.checkpoint import save_model
 from fedface.models.discriminator import DiscriminatorConfig
@@ -69,7 +70,7 @@ attack: {{photos: 2, iterations: 1, candidates: 2, trials: 2}}
 base: {base}
 """
 PHOTOS = 4  # of each device
-SAMPLE_SECONDS = 20.0
+SAMPLE_SECONDS = 60.0
 FEDFACE = [sys.executable, "-m", "fedface.cli"]
 
 
@@ -193,8 +194,8 @@ class Soak:
         keys = make_keys(experiment.aggregation, experiment.agreement)
         assert keys is not None and len(codes) == self.most
         self.say("the server runs; devices join")
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda pair: self.join(*pair, keys), zip(names, codes, strict=True)))
+        for name, code in zip(names, codes, strict=True):
+            self.join(name, code, keys)
         self.say(f"{self.most} devices have joined")
 
     def join(self, name: str, code: str, keys: HomomorphicKeys) -> None:
@@ -206,7 +207,9 @@ class Soak:
         for number, face in enumerate(render(faces, 96, noise=streams.generator("camera"))):
             pixels = (face.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
             (photos / f"{number}.png").write_bytes(png_bytes(pixels))
-        self.do("device", "join", code, str(folder), "--photos", str(photos), "--yes", "--no-service")
+        answers = Answers(photos=str(photos), name=None, epsilon=None, hours=None, ask=False)
+        with redirect_stdout(io.StringIO()):
+            device_join(code, folder, answers, service=False)
         file = folder / "device.yaml"
         text = file.read_text().replace("# answer_seconds: 60", "answer_seconds: 5\nmax_photos: 10")
         file.write_text(text)
@@ -218,6 +221,7 @@ class Soak:
             for number in range(len(self.devices), min(len(self.devices) + 2, count)):
                 log = self.home / f"device-{number:02d}.log"
                 file = self.home / f"device-{number:02d}" / "device.yaml"
+                log.touch()
                 if self.forking is None:
                     pid = self.start(log, "device", "start", str(file)).pid
                 else:
