@@ -5,12 +5,12 @@
 The server is `fedface server init`, `up`, `invite` and `run`, with nginx, TLS and Flower's SuperLink. Each device joins
 by an invitation, with the function of `fedface device join`, and is its own `fedface device start`: a SuperNode, an
 executor and, with the first task, a worker, in its own sandbox. Nothing is simulated but the network. The run begins
-with the first number of devices. After some rounds it is stopped in the middle of a round, more devices are started, and
-it is continued; the last number of devices then has `--last` rounds.
+with the first number of devices. After some rounds it is stopped in the middle of a round, more devices are started,
+and it is continued; the last number of devices then has `--last` rounds.
 
 With `--share-imports` the devices are forked from one process that has imported what trains, and then run the function
-of `fedface device start`. Each still has processes and a sandbox of its own; but fifty workers that import by themselves
-need 25 GiB, and forked ones share that memory until they change it.
+of `fedface device start`. Each still has processes and a sandbox of its own; but fifty workers that import by
+themselves need 25 GiB, and forked ones share that memory until they change it.
 
 Networks, libraries and steps are tiny, because the coordination is measured: two cores train fifty devices one after
 another. Memory is the proportional set size (PSS) of all processes of a device or of the server: pages that processes
