@@ -40,7 +40,8 @@ _MAX_TABLE_VARIANCE = 2**20  # a larger one is sampled as a sum of two
 _BITS = 256  # of a table's thresholds
 _WORK_BITS = 384  # of the fixed point numbers that they are computed from
 _TAIL = 18.9  # standard deviations; the probability of what lies beyond is below 2^-256
-_AT_ONCE = 2**17  # samples whose words stay in the processor's cache
+_AT_ONCE = 2**15  # samples whose words stay in the processor's cache
+_GUIDE_BITS = 16  # of a word, by which its place among the thresholds is looked up
 
 
 class DiscreteGaussian:
@@ -94,8 +95,21 @@ class DiscreteGaussian:
 
     @cached_property
     def _upper_words(self) -> np.ndarray:
-        """The upper 64 bits of each threshold, uint64."""
-        return np.array([threshold >> (_BITS - 64) for threshold in self._thresholds], dtype=np.uint64)
+        """The upper 64 bits of each threshold, and the largest word, uint64."""
+        upper = [threshold >> (_BITS - 64) for threshold in self._thresholds]
+        return np.array([*upper, (1 << 64) - 1], dtype=np.uint64)
+
+    @cached_property
+    def _below(self) -> np.ndarray:
+        """How many thresholds lie below each number of `_GUIDE_BITS` bits and zeros behind it, int64."""
+        starts = np.arange(1 << _GUIDE_BITS, dtype=np.uint64) << np.uint64(64 - _GUIDE_BITS)
+        below = np.searchsorted(self._upper_words[:-1], starts)
+        return np.append(below, len(self._thresholds))
+
+    @cached_property
+    def _crowded(self) -> np.ndarray:
+        """Whether several thresholds begin with the same `_GUIDE_BITS` bits, bool."""
+        return np.diff(self._below) > 1
 
     def sample(self, count: int, secret: SecretNoise) -> np.ndarray:
         """Independent samples, int64, shape (count,), by inversion.
@@ -112,14 +126,17 @@ class DiscreteGaussian:
 
     def _fine(self, count: int, secret: SecretNoise) -> np.ndarray:
         words = secret.words(count)
-        found = np.searchsorted(self._upper_words, words)
-        undecided = self._upper_words[np.minimum(found, len(self._upper_words) - 1)] == words
-        for at in np.flatnonzero(undecided):
+        first = (words >> np.uint64(64 - _GUIDE_BITS)).astype(np.int64)
+        found = self._below[first]
+        found += self._upper_words[found] < words
+        crowded = np.flatnonzero(self._crowded[first])
+        found[crowded] = np.searchsorted(self._upper_words[:-1], words[crowded])
+        for at in np.flatnonzero(self._upper_words[found] == words):  # undecided
             number = int(words[at])
             for word in secret.words((_BITS - 64) // 64):
                 number = number << 64 | int(word)
             found[at] = bisect_right(self._thresholds, number)
-        return np.asarray(found - self._end, dtype=np.int64)
+        return np.asarray(found - self._end)
 
 
 @lru_cache(maxsize=16)  # a table takes about 0.1 s

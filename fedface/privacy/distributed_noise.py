@@ -30,6 +30,7 @@ lower limit on a share's variance but has no price as tight as a Gaussian's.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -54,6 +55,7 @@ _MIN_SCALE = 2**12  # integers to which `clip_norm` is scaled, so that rounding 
 _SCALE_PER_ROOT = 8  # and at least so many times the root of the dimension: by 0.3 % at most
 _MAX_LENGTHENING = 1.1  # of the norm bound by rounding; what would need more noise than that is refused
 _ATTEMPTS = 3
+_AT_ONCE = 2**16  # numbers that stay in the processor's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +162,11 @@ def noised_integers(update: Vector, noise: DistributedNoise) -> np.ndarray:
     if tuple(update.shape) != (noise.length,):
         raise ValueError(f"expected a vector of {noise.length} numbers, got shape {tuple(update.shape)}")
     secret, whole = SecretNoise(), noise.unit == "library"
-    values = clip_l2(update.detach().cpu(), noise.clip_norm if whole else MAX_NORM)
-    scaled = values.double().numpy() * (noise.scale / noise.clip_norm)
-    integers = (_rounded_within_norm if whole else _rounded)(scaled, noise, secret)
-    return np.asarray(integers + noise.share.sample(noise.length, secret))
+    values = clip_l2(update.detach().cpu(), noise.clip_norm if whole else MAX_NORM).numpy()
+    integers = (_rounded_within_norm if whole else _rounded)(values, noise, secret)
+    for part in _parts(noise.length):
+        integers[part] += noise.share.sample(len(integers[part]), secret)
+    return integers
 
 
 def from_sum(integers: np.ndarray, noise: DistributedNoise) -> Vector:
@@ -171,20 +174,30 @@ def from_sum(integers: np.ndarray, noise: DistributedNoise) -> Vector:
     return torch.from_numpy((integers * noise.step).astype(np.float32))
 
 
-def _rounded(scaled: np.ndarray, noise: DistributedNoise, secret: SecretNoise) -> np.ndarray:
-    """Numbers (d,) rounded up or down at random, without bias, and clamped to the ring, int64."""
-    down = np.floor(scaled)
-    rounded = down + (secret.uniforms(noise.length) < scaled - down)
-    return np.asarray(rounded.clip(-noise.largest, noise.largest).astype(np.int64))
+def _parts(length: int) -> Iterator[slice]:
+    """Parts of a vector, since float64 and random words take several times its memory."""
+    return (slice(start, start + _AT_ONCE) for start in range(0, length, _AT_ONCE))
 
 
-def _rounded_within_norm(scaled: np.ndarray, noise: DistributedNoise, secret: SecretNoise) -> np.ndarray:
+def _rounded(values: np.ndarray, noise: DistributedNoise, secret: SecretNoise) -> np.ndarray:
+    """Numbers (d,) scaled, rounded up or down at random without bias, and clamped to the ring, int64."""
+    integers = np.empty(noise.length, dtype=np.int64)
+    for part in _parts(noise.length):
+        scaled = values[part].astype(np.float64) * (noise.scale / noise.clip_norm)
+        down = np.floor(scaled)
+        down += secret.uniforms(len(down)) < scaled - down
+        integers[part] = down.clip(-noise.largest, noise.largest)
+    return integers
+
+
+def _rounded_within_norm(values: np.ndarray, noise: DistributedNoise, secret: SecretNoise) -> np.ndarray:
     """The same, of squared norm at most `max_square_norm` for certain."""
     for _ in range(_ATTEMPTS):
-        integers = _rounded(scaled, noise, secret)
+        integers = _rounded(values, noise, secret)
         if int(integers @ integers) <= noise.max_square_norm:
             return integers
-    towards_zero = np.trunc(scaled).astype(np.int64)  # never longer than the update
+    # Towards zero, never longer than the update.
+    towards_zero = np.trunc(values.astype(np.float64) * (noise.scale / noise.clip_norm)).astype(np.int64)
     if int(towards_zero @ towards_zero) <= noise.max_square_norm:
         return np.asarray(towards_zero)
     return np.zeros_like(towards_zero)

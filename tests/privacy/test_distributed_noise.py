@@ -74,7 +74,7 @@ def test_a_sample_counts_the_exact_cumulative_probabilities_below_a_uniform_numb
         weights = [(Decimal(-(k**2)) / 32).exp() for k in range(-76, 77)]
         below = [sum(weights[: k + 77]) / sum(weights) for k in (-40, -8, 0, 1, 30)]
         thresholds = [int(p * 2**256) for p in below]
-    for k, threshold in zip((-40, -8, 0, 1, 30), thresholds, strict=True):
+    for k, threshold in zip((-40, -8, 0, 1, 30), thresholds, strict=True):  # each decided by the last words
         for shift, expected in ((-(2**12), k), (2**12, k + 1)):
             number = threshold + shift
             words = [(number >> at) % 2**64 for at in (192, 128, 64, 0)]
