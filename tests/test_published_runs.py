@@ -51,7 +51,7 @@ def test_a_run_that_fails_in_its_audits_keeps_its_rounds(
     assert "attack.candidates" in result.err
 
     assert fedface("report", "runs/tiny").code == 0
-    page = Path("runs/tiny/report.html").read_text()
+    page = Path("runs/tiny/report-so-far.html").read_text()
     assert "the audits of this run have not ended" in page and "no attack was run" in page
     assert not Path("runs/tiny/run.json").exists()
 
