@@ -425,14 +425,17 @@ class Experiment:
     def digest(self) -> str:
         """SHA-256 of all that training and the devices' evaluations depend on, the first 16 hex digits.
 
-        Left out are audits, which a resumed run may change, and the path of the base, whose weights are compared.
+        Left out are audits and when a round begins and ends, which a resumed run may change, and the path of the base,
+        whose weights are compared.
         """
         audits = {"question", "attack", "base"}
         audits |= {"upsampling"} if self.evaluation is None else set()
         audits |= {"probe"} if isinstance(self.devices, SyntheticDevices) else set()
-        return hashlib.sha256(
-            json.dumps(encode(self, leave_out=audits), sort_keys=True).encode()
-        ).hexdigest()[:16]
+        encoded = encode(self, leave_out=audits)
+        if isinstance(self.devices, RemoteDevices):
+            for waiting in ("at_least", "wait_minutes", "answer_minutes"):
+                del encoded["devices"][waiting]
+        return hashlib.sha256(json.dumps(encoded, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def devices_folder(run: Path) -> Path:

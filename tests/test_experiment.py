@@ -105,6 +105,16 @@ def test_the_digest_changes_with_every_change_of_training_and_only_then() -> Non
     assert re.fullmatch("[0-9a-f]{16}", digests[0])
 
 
+def test_a_run_may_continue_with_other_waiting_times() -> None:
+    """When a round begins and ends changes none of its results; how many devices a sum has room for does."""
+    remote = "{{kind: remote-devices, at_least: {}, at_most: {}, wait_minutes: {}, answer_minutes: {}}}"
+    first, patient, larger = (
+        experiment(devices=remote.format(*numbers)).digest()
+        for numbers in ((4, 8, 10, 60), (3, 8, 1440, 90), (4, 9, 10, 60))
+    )
+    assert first == patient != larger
+
+
 def test_the_plan_meets_the_privacy_target() -> None:
     """Its upper bound is at most the target epsilon, and not far below."""
     bounds = experiment().plan().epsilon()

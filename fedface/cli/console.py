@@ -240,7 +240,7 @@ def _fail(reason: str) -> NoReturn:
 
 def _say_stopping() -> None:
     note(
-        "stopping after the current computation, which can take a minute; press Ctrl-C again to stop at once. "
+        "stopping, which can take a minute; press Ctrl-C again to stop at once. "
         "Finished work is not lost either way."
     )
 

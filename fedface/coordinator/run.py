@@ -83,7 +83,7 @@ def initialize_run(experiment: Experiment, folder: Path) -> None:
 def check_same(experiment: Experiment, folder: Path) -> None:
     """Write `experiment.yaml`, after checking that the run in this folder was started with this experiment.
 
-    Its audits may have changed since, because no round depends on them.
+    Its audits, and when a round begins and ends, may have changed since, because no result of a round depends on them.
 
     Raises:
         RunError: Something else has changed.
@@ -96,8 +96,8 @@ def check_same(experiment: Experiment, folder: Path) -> None:
     if not same:
         raise RunError(
             f"{folder}: this run was started with another experiment (see experiment.yaml there); "
-            "resume with the same file and options, or start a new run. Only the audits may change: attack, and "
-            "upsampling and probe where no device uses them"
+            "resume with the same file and options, or start a new run. Only these may change: attack, "
+            "upsampling and probe where no device uses them, and at_least, wait_minutes and answer_minutes of devices"
         )
     replace_text(folder / "experiment.yaml", dump(_without_places(experiment)))
 

@@ -62,7 +62,8 @@ class GridCohort:
             if wait.over():
                 raise FederationError(
                     f"expected {count} devices, {len(nodes)} connected within {self._come_within:.0f} s; start the "
-                    f"others, or give a simulation that many: --federation-config 'num-supernodes={count}'"
+                    "others, or lower at_least, and continue the run (in a simulation: "
+                    f"--federation-config 'num-supernodes={count}')"
                 )
         self._nodes += [node for node in nodes if node not in self._nodes]
         return sorted(self._nodes.index(node) for node in nodes)
