@@ -12,12 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 UNITS = ("clients/fedface-client.service", "server/fedface-server.service")
-MAX_EXPOSURE = 2.5  # of 10; systemd calls up to 3 "OK" for a service with a network
+OTHER_VERSION = 0.3  # by which another version of systemd may judge otherwise
 
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_unit_is_valid_and_restricted(unit: str, tmp_path: Path) -> None:
-    """By systemd's own judgement, with programs that exist here in place of /opt/fedface."""
+    """As its README says, by systemd's own judgement; with programs that exist here in place of /opt/fedface."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd is not installed here")
     copy = tmp_path / Path(unit).name
@@ -31,4 +31,6 @@ def test_a_unit_is_valid_and_restricted(unit: str, tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", scored.stdout)
-    assert found is not None and float(found[1]) <= MAX_EXPOSURE, scored.stdout[-300:]
+    stated = re.search(r"gives\s+it\s+([\d.]+)\s+of\s+10", (ROOT / unit).with_name("README.md").read_text())
+    assert found is not None and stated is not None
+    assert float(found[1]) <= float(stated[1]) + OTHER_VERSION, scored.stdout[-300:]
