@@ -1,6 +1,6 @@
 """The Flower ServerApp: runs the experiment of a run config with the installed fedface.
 
-It runs in a simulation or on a SuperLink (see server/README.md). An interrupted run continues when it is started again
+It runs in a simulation or on a SuperLink (docs/fifty-devices.md). An interrupted run continues when it is started again
 with the same experiment and folder.
 """
 

@@ -27,7 +27,7 @@ def run(
 ) -> None:
     """Run an experiment on simulated devices and write its report.
 
-    Everything runs in this process; for remote devices see server/README.md.
+    Everything runs in this process; for remote devices see docs/fifty-devices.md.
     """
     import torch
 

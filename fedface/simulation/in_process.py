@@ -143,7 +143,7 @@ def in_process_cohort(experiment: Experiment, folder: Path, workers: int | None 
     """
     if isinstance(experiment.devices, RemoteDevices):
         raise FederationError(
-            "this experiment needs remote devices; start it with `fedface server run` (server/README.md)"
+            "this experiment needs remote devices; start it with `fedface server run` (docs/fifty-devices.md)"
         )
     prepare(experiment, folder)
 

@@ -33,9 +33,23 @@ def test_every_link_and_picture_of_a_page_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_test_that_a_page_names_exists(page: Path) -> None:
-    """Each guarantee of docs/threats.md has one."""
-    named = re.findall(r"`(tests/[\w/]+\.py)`", page.read_text(encoding="utf-8"))
-    assert [name for name in named if not (ROOT / name).is_file()] == []
+    """The file, and the function where one is named."""
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8"))
+    missing = [
+        (file, test)
+        for file, test in named
+        if not (ROOT / file).is_file()
+        or (test and f"def {test}(" not in (ROOT / file).read_text(encoding="utf-8"))
+    ]
+    assert missing == []
+
+
+def test_every_threat_names_its_test() -> None:
+    """Or "none", where nothing prevents it."""
+    table = (ROOT / "docs/threats.md").read_text(encoding="utf-8").split("\n\n")[2]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    assert len(rows) > 20 and [row for row in rows if len(row) != 4] == []
+    assert [row[:2] for row in rows if not re.match(r"none$|`tests/", row[3])] == []
 
 
 def shown_commands(text: str) -> list[str]:

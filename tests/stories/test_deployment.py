@@ -1,6 +1,8 @@
-"""A server and three devices, each with its own home, follow the two READMEs to a report. The commands are read from
-server/README.md and clients/README.md and run by a shell; only the host, the port and the sizes of the experiment are
-changed. TLS, node keys, encrypted sums and DP are all on.
+"""A server and three devices, each with its own home, follow the two pages word by word, from a fresh clone to a
+report, a backup that is restored, and a device that leaves.
+
+Every shell block of the pages is run by a shell, or is listed in NOT_RUN with the reason; only host, ports, names and
+the sizes of the experiment are changed.
 """
 
 from __future__ import annotations
@@ -28,14 +30,29 @@ from fedface.randomness import Streams
 from fedface.synthetic.faces import ToneMix, render, sample_faces
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALLER = {
+OPERATOR, OWNER = "docs/fifty-devices.md", "docs/my-device.md"
+CHANGED = {
+    "pip install -c constraints.txt": (
+        "pip install --quiet --no-index --no-deps --no-build-isolation --target ~/python -c constraints.txt"
+    ),
+    "at_least: 40, at_most: 50, wait_minutes: 30, answer_minutes: 60": "at_least: 3",
+    "min_responses: 30": "min_responses: 3",
+    "min_devices: 30": "min_devices: 3",
     "rounds: 6, steps_per_round: 4, sampling_rate: 0.064, expected_batch_size: 64": (
         "rounds: 2, steps_per_round: 1, sampling_rate: 0.5, expected_batch_size: 4, fake_batch_size: 4"
     ),
     "per_group: 12}": (
         "per_group: 8}\nupsampling: {method: {kind: pulse, steps: 2}}\n"
-        "attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}"
+        "attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}\n"
+        "evaluation: {epsilon_fraction: 0.2, holdout_fraction: 0.3}"
     ),
+    "kitchen hall attic": "device-1 device-2 device-3",
+    "kitchen": "device-1",
+    "--run family": "--run family --yes",
+    "device erase ": "device erase --yes ",
+}
+NOT_RUN = {
+    (OPERATOR, "A device without an invitation", 0): "without nginx alone",
 }
 
 HOSTILE_PROJECT = project("hostile.py", server="hostile:server", client="hostile:client")
@@ -61,12 +78,17 @@ def main(grid, context):
 """
 
 
-def command(page: str, heading: str) -> str:
-    """The first shell block below a numbered heading of a README."""
-    text = (ROOT / page / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"^## {re.escape(heading)}$.*?^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert found is not None, f"{page}/README.md has no commands below {heading!r}"
-    return found[1]
+def blocks(page: str) -> dict[tuple[str, str, int], str]:
+    """The shell blocks of a page, by page, heading and number below that heading."""
+    found, heading, text = {}, "", (ROOT / page).read_text(encoding="utf-8")
+    for title, block in re.findall(r"^## ([^\n]+)$|^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        heading = title or heading
+        if block:
+            found[page, heading, sum(key[1] == heading for key in found)] = block
+    return found
+
+
+BLOCKS = blocks(OPERATOR) | blocks(OWNER)
 
 
 @dataclass
@@ -78,6 +100,13 @@ class Home:
     entry: int  # where devices connect: nginx's, or the SuperLink's where nginx is not installed
     enrolment: int  # the enrolment service's
     running: dict[subprocess.Popen[bytes], Path]
+    clone: Path
+    used: set[tuple[str, str, int]]  # blocks of the pages that were run
+
+    def block(self, page: str, heading: str, number: int = 0) -> str:
+        """One shell block of a page."""
+        self.used.add((page, heading, number))
+        return BLOCKS[page, heading, number]
 
     def changed(self, commands: str) -> str:
         """Commands, or a file, with the port and the sizes of this test."""
@@ -86,7 +115,7 @@ class Home:
             "fedface.example.org": "localhost",
             "server init": f"server init --listen 127.0.0.1 --port {self.entry} --superlink-port {self.port} "
             f"--enrolment-port {self.enrolment}",
-            **SMALLER,
+            **CHANGED,
         }.items():
             commands = commands.replace(old, new)
         return commands
@@ -96,14 +125,15 @@ class Home:
         """The tester's own home is neither read nor written."""
         stored = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "XDG_"))}
         quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {**stored, **quiet, "HOME": str(self.folder), "PATH": path}
+        installed = self.folder / "python"
+        path = os.pathsep.join([f"{installed}/bin", str(Path(sys.executable).parent), os.environ["PATH"]])
+        return {**stored, **quiet, "HOME": str(self.folder), "PATH": path, "PYTHONPATH": str(installed)}
 
     def do(self, commands: str) -> str:
-        """Run commands to their end, in the checkout."""
+        """Run commands to their end, in the clone."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", self.changed(commands)],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120,
+            cwd=self.clone, env=self.environment, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -114,7 +144,7 @@ class Home:
         with log.open("wb") as out:
             process = subprocess.Popen(
                 ["bash", "-euo", "pipefail", "-c", self.changed(commands)],
-                cwd=ROOT, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                cwd=self.clone, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.running[process] = log
         return process
@@ -133,15 +163,27 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
-def homes(tmp_path: Path) -> Iterator[list[Home]]:
+def clone(tmp_path: Path) -> Path:
+    """The files that git has of this checkout, as they are now."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is not a checkout of git")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in listed.stdout.decode().split("\0")[:-1]:
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / "clone" / name)
+    return tmp_path / "clone"
+
+
+@pytest.fixture
+def homes(tmp_path: Path, clone: Path) -> Iterator[list[Home]]:
     """The server's home and three devices'; all processes started there are ended."""
-    (port, entry, enrolment), running = free_ports(3), {}  # type: ignore[var-annotated]
+    (port, entry, enrolment), running, used = free_ports(3), {}, set()  # type: ignore[var-annotated]
     if shutil.which("nginx") is None:
         entry = port
     folders = [tmp_path / name for name in ("server", "device-1", "device-2", "device-3")]
     for folder in folders:
         folder.mkdir(mode=0o700)
-    yield [Home(folder, port, entry, enrolment, running) for folder in folders]
+    yield [Home(folder, port, entry, enrolment, running, clone, used) for folder in folders]
     for expected in (signal.SIGTERM, signal.SIGKILL):
         for process in running:
             if process.poll() is None:
@@ -182,22 +224,25 @@ def listening(port: int) -> bool:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
+START = "exec fedface device start ~/fedface/device.yaml"
+
+
 def check_refused(device: Home) -> None:
     """A device whose key the server does not accept says so at its start."""
-    device.do("! " + command("clients", "Start it by hand").rstrip() + " 2> ~/refused")
+    device.do(f"! {START.removeprefix('exec ')} 2> ~/refused")
     assert "register this device's public key" in (device.folder / "refused").read_text()
 
 
 def join(server: Home, device: Home) -> None:
     """By an invitation, which admits the run alone."""
-    invite = command("server", "4. The devices").replace("kitchen", device.folder.name)
-    (code,) = set(re.findall("FEDFACE1-[A-Z2-7]+", server.do(invite)))
-    device.do(command("clients", "2. Join").replace("FEDFACE1-...", f"{code} --yes --no-service"))
+    letter = (server.folder / "letters" / f"{device.folder.name}.txt").read_text()
+    (code,) = re.findall("FEDFACE1-[A-Z2-7]+", letter)
+    device.do(device.block(OWNER, "2. Join").replace("FEDFACE1-...", f"{code} --yes --no-service"))
 
 
 def register(server: Home, device: Home) -> None:
     """By files and a key that are exchanged by hand; without nginx nothing else reaches the server."""
-    device.do(command("clients", "Without an invitation"))
+    device.do(blocks("clients/README.md")["clients/README.md", "Without an invitation", 0])
     file, given = device.folder / "fedface" / "device.yaml", server.folder / "fedface-server"
     text = device.changed(file.read_text()).replace("name: my-device", f"name: {device.folder.name}")
     text = text.replace("evaluation: false", "evaluation: true")
@@ -205,35 +250,71 @@ def register(server: Home, device: Home) -> None:
     shutil.copy(given / "certificates/ca.crt", device.folder / "fedface")
     check_refused(device)
     shutil.copy(device.folder / "fedface/node.pub", server.folder / "device.pub")
-    registered = command("server", "A device without an invitation").replace("kitchen", device.folder.name)
+    registered = BLOCKS[OPERATOR, "A device without an invitation", 0].replace("kitchen", device.folder.name)
     server.do(f"cd {server.folder}\n{registered}")
+
+
+def check_leave(server: Home, devices: list[Home], running: list[subprocess.Popen[bytes]]) -> None:
+    """Owners look at what left, stop their devices, and one of them leaves."""
+    first = devices[0]
+    watched = first.do(first.block(OWNER, "4. Watch"))
+    assert (
+        "Everything works." in watched and "An update of a network's weights, for family, round 2" in watched
+    )
+    page = first.start("exec " + first.block(OWNER, "4. Watch", 1), "page")
+    until_true(lambda: "http://" in first.running[page].read_text(), 60, "the page is not there", [server])
+    page.terminate()
+    for process, device in zip(running, devices, strict=True):
+        process.terminate()
+        assert process.wait(30) == 0
+        assert "stopped" in (device.folder / "device.log").read_text()
+        assert not list((device.folder / "fedface" / "state").glob("*.secret"))
+    first.do(first.block(OWNER, "Back up and restore"))
+    left = first.do(first.block(OWNER, "6. Leave"))
+    assert "You have withdrawn from family" in left and "What stays: your photos" in left
+    assert not (first.folder / "fedface/state/sum.key").exists()
+
+
+def check_rolled_back(device: Home) -> None:
+    """A device whose ledger was restored from a copy does not start."""
+    ledger = device.folder / "fedface/state/ledger.sqlite"
+    copy = ledger.read_bytes()
+    device.do("fedface device withdraw --run family --yes")
+    ledger.write_bytes(copy)
+    assert "was rolled back or replaced" in device.do(f"! {START.removeprefix('exec ')} 2>&1")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[Home]) -> None:
+def test_three_devices_and_a_server_follow_the_pages_word_by_word(homes: list[Home]) -> None:
     """Two rounds with TLS, node keys, encrypted sums and DP; each device records its releases."""
     server, *devices = homes
-    server.do(command("server", "1. Certificates, secret and proxy"))
-    server.start(command("server", "2. Start"), "server")
+    nginx = server.entry != server.port
+    server.do(server.block(OPERATOR, "1. Install"))
+    server.do(server.block(OPERATOR, "2. Certificates, keys and proxy"))
+    up = "exec " + server.block(OPERATOR, "3. Start")
+    running = server.start(up, "server")
     until_true(lambda: listening(server.entry), 60, "the server does not listen", homes)
-    server.do(command("server", "3. The experiment"))
-    family = server.folder / "fedface-server" / "family.yaml"
-    family.write_text(family.read_text() + "evaluation: {epsilon_fraction: 0.2, holdout_fraction: 0.3}\n")
+    assert "privacy guarantee: epsilon at most 3" in server.do(server.block(OPERATOR, "4. Plan the run"))
+    server.do(server.block(OPERATOR, "5. Invite"))
+    server.do(server.block(OPERATOR, "5. Invite", 1))
 
     for number, device in enumerate(devices):
         save_photos(device.folder / "Pictures", 8, [0.9, 0.5, 0.1][number], device.folder.name)
-        (join if server.entry != server.port else register)(server, device)
+        device.do(device.block(OWNER, "1. Install"))
+        (join if nginx else register)(server, device)
         file = device.folder / "fedface" / "device.yaml"
         file.write_text(file.read_text().replace("# answer_seconds: 60", "answer_seconds: 5\nmax_photos: 10"))
-    keygen = command("clients", "3. The key for the sums")
-    if server.entry == server.port:
+    keygen = devices[0].block(OWNER, "3. The key for the sums")
+    if not nginx:
+        family = server.folder / "fedface-server" / "family.yaml"
         keygen = keygen.replace("--device ~/fedface/device.yaml", f"--experiment {family}")
     devices[0].do(keygen)
     for device in devices[1:]:
         shutil.copy2(devices[0].folder / "fedface/state/sum.key", device.folder / "fedface/state/sum.key")
         assert "Everything works." in device.do("fedface device check ~/fedface/device.yaml")
-    waiting = [device.start("exec " + command("clients", "Start it by hand"), "device") for device in devices]
+    waiting = [device.start(START, "device") for device in devices]
+    assert "until `fedface device resume" in devices[1].do(devices[1].block(OWNER, "5. Pause"))
 
     # Somebody who has only ca.crt starts a run with their own code.
     hostile = server.folder / "hostile"
@@ -248,21 +329,22 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
             "train request of round ?: answered with an error" in (device.folder / "device.log").read_text()
         )
 
-    if server.entry != server.port:  # nginx is installed: from outside the control interface is not there
+    if nginx:  # from outside the control interface is not there
         config = (server.folder / "fedface-server/flwr/config.toml").read_text()
         (server.folder / "config.toml").write_text(config.replace(str(server.port), str(server.entry)))
         assert "403" in server.do(f"! FLWR_HOME=~ flwr run {hostile} fedface 2>&1")
 
     names = sorted(device.folder.name for device in devices)
+    assert "3 registered, 3 online" in server.do(server.block(OPERATOR, "8. Watch"))
     status = json.loads(server.do("fedface server status ~/fedface-server --json"))
     assert status["devices"] == dict.fromkeys(names, "online") and status["run"] is None
     # Stopped and continued by the same command.
-    run = server.start("exec " + command("server", "5. Run"), "run")
+    run = server.start("exec " + server.block(OPERATOR, "7. Run"), "run")
     state = server.folder / "fedface-server/runs/family/state.json"
     until_true(state.exists, 120, "the run does not begin", homes)
-    server.do("fedface server stop ~/fedface-server")
+    server.do(server.block(OPERATOR, "9. Stop, report, revoke"))
     assert run.wait(60) == 1
-    run = server.start("exec " + command("server", "5. Run"), "run")
+    run = server.start("exec " + server.block(OPERATOR, "7. Run"), "run")
     until_true(lambda: run.poll() is not None, 600, "the run does not end", homes)
     shown = (server.folder / "run.log").read_text()
     assert run.returncode == 0 and "round 2 of 2: 3 devices took part" in shown, shown
@@ -281,7 +363,7 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
 
     status = json.loads(server.do("fedface server status ~/fedface-server --json"))["run"]
     assert (status["state"], status["round"], sorted(status["participants"])) == ("finished", 2, names)
-    server.do("fedface server revoke ~/fedface-server device-1")
+    server.do(server.block(OPERATOR, "9. Stop, report, revoke", 1))
     assert "revoked" in server.do("fedface server devices ~/fedface-server | grep device-1")
 
     until_true(lambda: waiting[0].poll() is not None, 90, "the revoked device does not end", homes)
@@ -289,8 +371,16 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     assert waiting[0].returncode == 2 and "Traceback" not in log, log
     check_refused(devices[0])
 
-    for process, device in zip(waiting[1:], devices[1:], strict=True):
-        process.terminate()
-        assert process.wait(30) == 0
-        assert "stopped" in (device.folder / "device.log").read_text()
-        assert not list((device.folder / "fedface" / "state").glob("*.secret"))
+    check_leave(server, devices[1:], waiting[1:])
+    server.do(server.block(OPERATOR, "10. Renew the certificate"))
+    running.terminate()
+    assert running.wait(60) == 0
+    server.do(server.block(OPERATOR, "11. Back up and restore"))
+    server.do(server.block(OPERATOR, "11. Back up and restore", 1))
+    server.start(up, "restored")
+    until_true(lambda: listening(server.entry), 60, "the restored server does not listen", homes)
+    restored = json.loads(server.do("fedface server status ~/fedface-server --json"))
+    assert restored["devices"]["device-1"] == "revoked" and restored["run"]["state"] == "finished"
+    check_rolled_back(devices[2])
+    if nginx:
+        assert set(BLOCKS) - server.used == set(NOT_RUN)
