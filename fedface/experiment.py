@@ -66,7 +66,8 @@ class SyntheticDevices:
 
     kind: ClassVar[str] = "synthetic-devices"
 
-    light_fractions: tuple[Fraction, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # one per device
+    light_fractions: tuple[Fraction, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+    devices_per_fraction: Annotated[int, AtLeast(1)] = 1  # with each of these fractions
     photos_per_device: Annotated[int, AtLeast(2)] = 400
     photos_per_occasion: Annotated[int, AtLeast(1)] = 1  # of one person in one light
 
@@ -82,7 +83,11 @@ class SyntheticDevices:
     @property
     def count(self) -> int:
         """How many devices."""
-        return len(self.light_fractions)
+        return len(self.light_fractions) * self.devices_per_fraction
+
+    def light_fraction(self, number: int) -> float:
+        """The fraction of light skin of one device, numbered from 0."""
+        return self.light_fractions[number % len(self.light_fractions)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,3 +178,10 @@ def test_remote_devices_have_no_description_of_photos() -> None:
     """In their config."""
     real = experiment(devices="{kind: remote-devices, at_least: 2}")
     assert isinstance(real.devices, RemoteDevices) and real.agreement.max_devices == 64
+
+
+def test_a_thousand_devices_need_no_thousand_numbers() -> None:
+    """Two fractions with 500 devices each; the fractions take turns."""
+    devices = SyntheticDevices(light_fractions=(0.75, 0.25), devices_per_fraction=500)
+    assert devices.count == 1000
+    assert [devices.light_fraction(number) for number in (0, 1, 2, 999)] == [0.75, 0.25, 0.75, 0.25]

@@ -31,10 +31,10 @@ def describe_devices(experiment: Experiment) -> list[tuple[str, str, int]]:
             return [
                 (
                     device_name(i),
-                    f"synthetic faces, {light:.0%} light skin (Monk 1-5)",
+                    f"synthetic faces, {devices.light_fraction(i):.0%} light skin (Monk 1-5)",
                     devices.photos_per_device,
                 )
-                for i, light in enumerate(devices.light_fractions)
+                for i in range(devices.count)
             ]
         case LabelledDevices():
             _, groups = _labelled_faces(devices, experiment.probe, experiment.start().size)
@@ -59,8 +59,8 @@ def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0
             streams = Streams(experiment.seed).child("like the devices" + f"/{part}" * bool(part))
             each = -(-count // devices.count)
             faces = [
-                render_people(each, light, size, streams.child(str(i)))
-                for i, light in enumerate(devices.light_fractions)
+                render_people(each, devices.light_fraction(i), size, streams.child(str(i)))
+                for i in range(devices.count)
             ]
             order = torch.randperm(each * devices.count, generator=streams.generator("order"))
             return torch.cat(faces)[order[:count]]
@@ -82,7 +82,7 @@ def device_photos(experiment: Experiment, number: int, size: int) -> Images:
             streams = Streams(experiment.seed).child(device_name(number))
             each = devices.photos_per_occasion
             return render_occasions(
-                devices.photos_per_device // each, each, devices.light_fractions[number], size, streams
+                devices.photos_per_device // each, each, devices.light_fraction(number), size, streams
             )
         case LabelledDevices():
             images, _ = _labelled_faces(devices, experiment.probe, size)
