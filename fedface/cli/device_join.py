@@ -106,7 +106,7 @@ def _start(file: Path, answers: Answers, *, service: bool) -> None:
             say(cell(install_service(file)))
             say(
                 cell(
-                    f"`fedface device status {file}` shows its state, `fedface device pause {file}` pauses it."
+                    f"`fedface device web {file}` shows it in a browser, `fedface device pause {file}` pauses it."
                 )
             )
             return
