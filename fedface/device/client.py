@@ -387,7 +387,8 @@ class _ReleaseTransaction:
     def _announced(self, computation: ComputationFactory, sums: Aggregation, size: int) -> float:
         """The seconds after which this reply leaves, from one step on grey images; 0 where no time matters.
 
-        Each round is rehearsed with its own weights: they may decide how fast a network is.
+        Each round is rehearsed with its own weights: they may decide how fast a network is. Faces of `max_photos`
+        photos are in memory twice meanwhile, as those that are held out or cannot be read make necessary.
 
         Raises:
             ConfigError: The round fails on grey images or takes too long, which shows nothing of a photo; nothing was
@@ -406,10 +407,11 @@ class _ReleaseTransaction:
         log.info("rehearsing a step on %d grey images, to know how long this round takes", count)
         one_step = replace(self.terms, schedule=replace(schedule, sampling_rate=1.0, steps_per_round=1))
         try:
+            grey = _grey_images(2 * self.device.max_photos, size)
             if schedule.steps_per_round > 1:  # what is done once in a process is not counted for each step
-                computation(one_step, rehearsal=True)(_grey_images(1, size))
+                computation(one_step, rehearsal=True)(grey.select(torch.arange(1)))
             started = self.leaves.timer()
-            vector = computation(one_step, rehearsal=True)(_grey_images(count, size))
+            vector = computation(one_step, rehearsal=True)(grey.select(torch.arange(count)))
             computed = self.leaves.timer()
             sums.protect(vector, self.task.round).to_bytes()
         except (RuntimeError, ValueError, MemoryError) as error:
@@ -431,10 +433,8 @@ class _ReleaseTransaction:
 
 
 def _grey_images(count: int, size: int) -> DeviceDataset:
-    """A library of grey images, of which one is in memory."""
-    return DeviceDataset.independent(
-        torch.full((1, 3, size, size), 127, dtype=torch.uint8).expand(count, -1, -1, -1)
-    )
+    """A library of grey images."""
+    return DeviceDataset.independent(torch.full((count, 3, size, size), 127, dtype=torch.uint8))
 
 
 def _reported(seconds: float, device: Device) -> float:

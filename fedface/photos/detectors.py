@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -41,18 +41,18 @@ def _model_file(name: str) -> Path:
     )
 
 
-class _Landmarks:
-    """dlib's 68 points, reduced to five: the means of the eyes' points, the nose tip, the mouth corners."""
+@cache
+def _landmark_model() -> dlib.shape_predictor:
+    """Shared by all detectors of a process: reading its 100 MB takes a second."""
+    return dlib.shape_predictor(str(_model_file("shape_predictor_68_face_landmarks.dat")))
 
-    @cached_property
-    def _predictor(self) -> dlib.shape_predictor:
-        return dlib.shape_predictor(str(_model_file("shape_predictor_68_face_landmarks.dat")))
 
-    def face(self, pixels: np.ndarray, box: dlib.rectangle, score: float) -> Face:
-        shape = self._predictor(pixels, box)
-        points = np.array([(point.x, point.y) for point in shape.parts()], dtype=np.float64)
-        five = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
-        return Face((box.left(), box.top(), box.right(), box.bottom()), five, float(score))
+def _face(pixels: np.ndarray, box: dlib.rectangle, score: float) -> Face:
+    """With dlib's 68 points, reduced to five: the means of the eyes' points, the nose tip, the mouth corners."""
+    shape = _landmark_model()(pixels, box)
+    points = np.array([(point.x, point.y) for point in shape.parts()], dtype=np.float64)
+    five = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
+    return Face((box.left(), box.top(), box.right(), box.bottom()), five, float(score))
 
 
 class HogDetector:
@@ -60,7 +60,6 @@ class HogDetector:
 
     def __init__(self, *, threshold: float = 0.0) -> None:
         self._threshold = threshold
-        self._landmarks = _Landmarks()
 
     @property
     def name(self) -> str:
@@ -75,7 +74,7 @@ class HogDetector:
         shrunk = shrink(pixels, HOG_SIDE)
         small = _at_least(shrunk, HOG_LEAST)
         boxes, scores, _ = self._hog.run(small, 1, self._threshold)
-        faces = [self._landmarks.face(small, box, score) for box, score in zip(boxes, scores, strict=True)]
+        faces = [_face(small, box, score) for box, score in zip(boxes, scores, strict=True)]
         factor = pixels.shape[1] / shrunk.shape[1]
         return usable([face.scaled(factor) for face in faces])
 
@@ -83,11 +82,12 @@ class HogDetector:
 class NetworkDetector:
     """dlib's network (MMOD) alone, at a picture of at most MMOD_SIDE pixels; one of at most half that is enlarged.
 
-    How long it takes depends on the picture's size alone, not on what is seen: for metrics that leave a device.
+    How long it takes depends on the picture's size alone, not on what is seen: for metrics that leave a device. So the
+    landmarks' file is read here, and not at the first face.
     """
 
     def __init__(self) -> None:
-        self._landmarks = _Landmarks()
+        _landmark_model()
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ class NetworkDetector:
         small = _at_least(shrink(pixels, MMOD_SIDE), MMOD_LEAST)
         doublings = 1 if max(small.shape[:2]) * 2 <= MMOD_SIDE + 32 else 0
         found = self._network(small, doublings)
-        faces = [self._landmarks.face(small, hit.rect, hit.confidence) for hit in found]
+        faces = [_face(small, hit.rect, hit.confidence) for hit in found]
         factor = max(pixels.shape[:2]) / min(MMOD_SIDE, max(pixels.shape[:2]))
         return usable([face.scaled(factor) for face in faces])
 
@@ -115,11 +115,14 @@ class EmbeddedDetector:
 
     def __init__(self) -> None:
         self._first = HogDetector(threshold=SURE)
-        self._second = NetworkDetector()
 
     @property
     def name(self) -> str:
         return f"hog {HOG_SIDE} px, threshold {SURE:g}, else mmod {MMOD_SIDE} px"
+
+    @cached_property
+    def _second(self) -> NetworkDetector:
+        return NetworkDetector()
 
     def find(self, pixels: np.ndarray) -> list[Face]:
         """HOG's faces, or the network's where HOG finds none, largest first."""

@@ -247,7 +247,7 @@ def check_per_example_gradients(problem: PerExampleProblem, photos: Images) -> N
     # side of a leaky ReLU's kink, which happens in about one network and pair of a hundred.
     problem = replace(problem, network=copy.deepcopy(problem.network).double())
     pair = photos[:2].detach().double()
-    draws = None if problem.draw is None else problem.draw(2).double()
+    draws = None if problem.draws is None else problem.draws.public(2).double()
     together = per_example_gradients(problem, pair, draws)
     names = list(trainable_parameters(problem.network))
     for photo in range(2):

@@ -12,7 +12,6 @@ opposite sign, whose contributions that are odd in the noise cancel.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -33,12 +32,13 @@ from fedface.tensor_types import Images, StoredImages, Vector
 from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_update
 from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.per_example_gradients import (
-    Draw,
+    Draws,
     Network,
     PerExampleProblem,
     differentiable_gradient,
     per_example_gradients,
     trainable_parameters,
+    weights_digest,
 )
 from fedface.training.training_round import (
     Objective,
@@ -131,7 +131,7 @@ def times_and_noises(photos: int, count: int, side: int, max_time: float, rng: n
     return torch.from_numpy(np.concatenate([times[:, :, None].astype(np.float32), noise], axis=2))
 
 
-def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, rng: NoiseSource) -> Draw:
+def _draws(flow: RectifiedFlow, config: FlowTrainingConfig, rng: NoiseSource) -> Draws:
     """Secret draws under a guarantee, replayable ones without."""
     match rng:
         case SecretNoise():
@@ -142,7 +142,10 @@ def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, rng: NoiseSource) -> 
         case _:
             assert_never(rng)
     stream = np.random.Generator(np.random.Philox(key=key))
-    return lambda photos: times_and_noises(photos, config.noise_draws, flow.size, config.max_time, stream)
+    return Draws(
+        lambda photos, rng: times_and_noises(photos, config.noise_draws, flow.size, config.max_time, rng),
+        stream,
+    )
 
 
 @dataclass(frozen=True)
@@ -161,12 +164,12 @@ class FlowRound:
         `streams` is not used: a flow's draws are as secret as its coins.
         """
         flow, config = copy.deepcopy(self.model.network(RectifiedFlow)), self.config
-        draw = _draw(flow, config, rng)
+        draws = _draws(flow, config, rng)
         _check(flow.config, config.adapt)
         problem = PerExampleProblem(
             flow,
             loss_over_draws,
-            draw,
+            draws,
             public_scales(flow, config),
             microbatch=_PHOTOS_AT_ONCE if _PHOTOS_AT_ONCE * config.noise_draws <= _EVALUATIONS_AT_ONCE else 1,
             recipe=(self.model.architecture, config),
@@ -207,10 +210,7 @@ def public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tenso
     """
     if config.preconditioner == 0:
         return None
-    digest = hashlib.sha256()
-    for tensor in (*flow.parameters(), *flow.buffers()):
-        digest.update(tensor.detach().numpy().tobytes())
-    key = (digest.hexdigest(), flow.config, config)
+    key = (weights_digest(flow), flow.config, config)
     with _LOCK:  # concurrent devices wait for the one that computes
         _SCALES[key] = _SCALES.pop(key) if key in _SCALES else _public_scales(flow, config)
         if len(_SCALES) > 2:
@@ -220,7 +220,7 @@ def public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tenso
 
 # The most recent scales, so that simulated devices in one process share the work: by the weights of a flow, of which
 # no reference is held, since a device trains its copy after it has asked.
-_SCALES: dict[tuple[str, FlowConfig, FlowTrainingConfig], list[Tensor]] = {}
+_SCALES: dict[tuple[bytes, FlowConfig, FlowTrainingConfig], list[Tensor]] = {}
 _LOCK = Lock()
 
 
@@ -267,12 +267,14 @@ def _check(config: FlowConfig, adapt: Adaptation) -> None:
     streams = Streams(0)
     flow = RectifiedFlow(config, streams.generator("weights"))
     attach(flow, adapt, streams.generator("adapters"))
-    rng, draws = streams.generator("moved"), streams.numpy("draws")
+    rng = streams.generator("moved")
     with torch.no_grad():
         for weight in flow.parameters():
             weight.add_(torch.randn(weight.shape, generator=rng), alpha=0.02)
     images = torch.rand(2, 3, config.size, config.size, generator=rng)
     problem = PerExampleProblem(
-        flow, loss_over_draws, draw=lambda count: times_and_noises(count, 2, config.size, 1.0, draws)
+        flow,
+        loss_over_draws,
+        Draws(lambda count, rng: times_and_noises(count, 2, config.size, 1.0, rng), streams.numpy("draws")),
     )
     check_per_example_gradients(problem, images)

@@ -19,10 +19,12 @@ where nothing can cancel, for the one outer product per photo of a fully connect
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -35,14 +37,29 @@ from fedface.training.unit_clipping import ClippedSumAccumulator, MicrobatchGrad
 # kernels use other instructions, which round differently.
 LANES = 16
 PUBLIC_WEIGHTS = 2  # random networks with which a microbatch is checked
-MAX_REMEMBERED = 64  # results of that check in a process
+MAX_REMEMBERED = 64  # results of such checks in a process
 _deterministic: dict[Hashable, bool] = {}
 
 Network = Callable[..., Tensor]
 # (network, photos (n, ...)) or (network, photos (n, ...), draws (n, ...)) -> one loss per photo, (n,)
 PerExampleLoss = Callable[..., Tensor]
-Draw = Callable[[int], Tensor]  # how many photos -> one row of fresh draws per photo, (n, ...)
 Rows = tuple[Tensor, ...]  # photos, or photos and draws
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random draws that a loss averages over: one row per photo, (n, ...)."""
+
+    sample: Callable[[int, np.random.Generator], Tensor]  # how many photos -> their rows, (n, ...)
+    rng: np.random.Generator  # secret in a private step, see training/dp_sgd
+
+    def fresh(self, photos: int) -> Tensor:
+        """Rows for one microbatch."""
+        return self.sample(photos, self.rng)
+
+    def public(self, photos: int) -> Tensor:
+        """The same rows in every call, for checks: with secret draws two checks of one network could differ."""
+        return self.sample(photos, np.random.default_rng(0))
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class PerExampleProblem:
 
     network: nn.Module
     loss: PerExampleLoss  # calls the network it is given; photo i's loss must depend on photo i alone
-    draw: Draw | None = None  # the loss's own random draws, fresh for every microbatch; its third argument
+    draws: Draws | None = None  # the loss's third argument
     scales: Sequence[Tensor] | None = None  # public factors of the gradient, one tensor per trained parameter
     microbatch: int = 16  # how many photos are differentiated at once, >= 1
     # What network, loss and draws follow from but for their weights: `with_deterministic_microbatch` remembers it
@@ -67,7 +84,7 @@ class PerExampleProblem:
 
     def rows(self, photos: Images) -> Rows:
         """The arguments of the loss for these photos, with fresh draws where it takes some."""
-        return (photos,) if self.draw is None else (photos, self.draw(len(photos)))
+        return (photos,) if self.draws is None else (photos, self.draws.fresh(len(photos)))
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -159,7 +176,7 @@ def per_example_gradients(
     """The gradient of each photo's own loss, unclipped and unscaled: it must not leave the device.
 
     Args:
-        problem: Its `draw`, `scales` and `microbatch` are not used.
+        problem: Its `draws`, `scales` and `microbatch` are not used.
         photos: Shape (n, ...), n >= 1.
         draws: One row per photo, or None.
 
@@ -179,24 +196,40 @@ def with_deterministic_microbatch(problem: PerExampleProblem, shape: Sequence[in
     a server's weights can hide it on any images that it knows, and show it on photos. So the gradients of copies with
     public random weights are compared as well. A device uses one thread, which divides no tensor (transport/worker).
 
+    The microbatch decides how long a step takes, so a round must use the one that was rehearsed: images and draws are
+    public and fixed, and each network is checked once in a process.
+
     Args:
         problem: As the steps will differentiate it.
         shape: Of one photo, (3, s, s).
     """
-    draws = None if problem.draw is None else problem.draw(problem.microbatch)
     if problem.microbatch % LANES:
         return replace(problem, microbatch=1)
+    draws = None if problem.draws is None else problem.draws.public(problem.microbatch)
     case = (problem.recipe, problem.microbatch, tuple(shape), torch.get_num_threads())
-    same = None if problem.recipe is None else _deterministic.get(case)
-    if same is None:
-        copies = (_with_public_weights(problem, seed) for seed in range(PUBLIC_WEIGHTS))
-        same = all(_is_deterministic(each, shape, draws, zero_shows=False) for each in copies)
+
+    def remembered(key: Hashable, problems: Iterable[PerExampleProblem], zero_shows: bool) -> bool:
+        if problem.recipe is not None and key in _deterministic:
+            return _deterministic[key]
+        same = all(_is_deterministic(each, shape, draws, zero_shows=zero_shows) for each in problems)
         if problem.recipe is not None:
             if len(_deterministic) >= MAX_REMEMBERED:
                 _deterministic.clear()
-            _deterministic[case] = same
-    same = same and _is_deterministic(problem, shape, draws, zero_shows=True)
+            _deterministic[key] = same
+        return same
+
+    copies = (_with_public_weights(problem, seed) for seed in range(PUBLIC_WEIGHTS))
+    own = (case, weights_digest(problem.network))
+    same = remembered(case, copies, False) and remembered(own, [problem], True)
     return problem if same else replace(problem, microbatch=1)
+
+
+def weights_digest(network: nn.Module) -> bytes:
+    """SHA-256 of the bytes of every weight and buffer."""
+    digest = hashlib.sha256()
+    for tensor in (*network.parameters(), *network.buffers()):
+        digest.update(tensor.detach().numpy().tobytes())
+    return digest.digest()
 
 
 def _with_public_weights(problem: PerExampleProblem, seed: int) -> PerExampleProblem:

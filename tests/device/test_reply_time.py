@@ -255,6 +255,41 @@ def test_each_round_is_rehearsed_with_its_own_weights(
     assert times[0] == times[1]
 
 
+def test_a_library_that_does_not_fit_into_memory_is_refused_before_it_is_recorded(
+    device_of: Callable[[int], Device], task: TrainTask, monkeypatch: pytest.MonkeyPatch, clock: VirtualClock
+) -> None:
+    """There must be room for all faces that the device file allows, not only for those of a step."""
+    grey = client._grey_images
+
+    def in_little_memory(count: int, size: int) -> DeviceDataset:
+        if count > 79:
+            raise MemoryError("no memory")
+        return grey(count, size)
+
+    monkeypatch.setattr(client, "_grey_images", in_little_memory)
+    assert isinstance(handle_task(task, replace(device_of(3), max_photos=39)), TrainResult)
+    device = device_of(4)
+    with pytest.raises(ConfigError, match="grey images: no memory"):
+        handle_task(task, device)
+    assert not device.ledger().entries()
+
+
+def test_rehearsal_and_round_use_one_decision(
+    device_of: Callable[[int], Device], task: TrainTask, monkeypatch: pytest.MonkeyPatch, clock: VirtualClock
+) -> None:
+    """How many photos are differentiated at once, which decides the time, where a second check would differ."""
+    found, used, padded = iter([True, False, False]), set(), per_example_gradients._padded
+    monkeypatch.setattr(per_example_gradients, "_deterministic", {})
+    monkeypatch.setattr(
+        per_example_gradients, "_is_deterministic", lambda *given, zero_shows: not zero_shows or next(found)
+    )
+    monkeypatch.setattr(
+        per_example_gradients, "_padded", lambda images, size: used.add(size) or padded(images, size)
+    )
+    assert isinstance(handle_task(task, device_of(3)), TrainResult)
+    assert used == {MICROBATCH}
+
+
 def test_a_round_of_a_day_is_refused(
     device_of: Callable[[int], Device], task: TrainTask, monkeypatch: pytest.MonkeyPatch, clock: VirtualClock
 ) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import dp_accounting as dp
 import pytest
-from priced import DELTA, EVENT, SIGMA, cost_of, record_run
+from priced import DELTA, EVENT, SIGMA, cost_of, one_sum, record_run
 from pytest import approx
 
-from fedface.errors import LedgerError
+from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
@@ -113,6 +113,13 @@ def test_one_record_covers_one_of_two_concurrent_replies(ledger: Ledger) -> None
         ledger.store_reply("r", 7, b"second", attempt=costly.attempt)
     ledger.store_reply("r", 7, b"paid", attempt=2)
     assert ledger.load_reply("r", 7) == b"paid"
+
+
+def test_a_run_with_more_rounds_than_recorded_is_another_run(ledger: Ledger) -> None:
+    """Each round releases the same, so that only their number tells the two apart."""
+    record_run(ledger, [Budget(epsilon=9.0, delta=DELTA)], terms=one_sum(rounds=2))
+    with pytest.raises(PolicyRefusal, match="other noise, rates or rounds"):
+        record_run(ledger, [Budget(epsilon=9.0, delta=DELTA)], round=2, terms=one_sum(rounds=3))
 
 
 def test_a_round_with_a_reply_cannot_be_reused_for_another_task(ledger: Ledger) -> None:

@@ -26,6 +26,7 @@ from fedface.training.dp_sgd import (
     private_gradient,
 )
 from fedface.training.per_example_gradients import (
+    Draws,
     Network,
     PerExampleProblem,
     per_example_gradients,
@@ -390,11 +391,9 @@ def test_clipping_comes_after_the_mean_over_draws() -> None:
     (reference,) = draw_by_draw(module, photos, draws)
     clip_norm = length(reference) / 3
 
-    def fixed_draws(count: int) -> Tensor:
-        return draws[:count]
-
+    fixed_draws = Draws(lambda count, _: draws[:count], np.random.default_rng())
     ours = private_gradient(
-        PerExampleProblem(module, shifted_loss, draw=fixed_draws, microbatch=1),
+        PerExampleProblem(module, shifted_loss, fixed_draws, microbatch=1),
         photos,
         SampledMechanism(ClippedSum(clip_norm=clip_norm), 1.0, STREAMS.generator("coins")),
         expected_batch_size=1,
@@ -407,13 +406,15 @@ def test_every_microbatch_gets_as_many_rows_of_draws_as_images() -> None:
     """Seven photos in threes need 3, 3 and 3, because of padding; no photos need one microbatch."""
     asked: list[int] = []
 
-    def draw(photos: int) -> Tensor:
+    def draw(photos: int, _: np.random.Generator) -> Tensor:
         asked.append(photos)
         return sampled(photos)
 
     for photos in (7, 0):
         gradient = private_gradient(
-            PerExampleProblem(SmallCritic(), shifted_loss, draw=draw, microbatch=3),
+            PerExampleProblem(
+                SmallCritic(), shifted_loss, Draws(draw, np.random.default_rng()), microbatch=3
+            ),
             faces(photos),
             SampledMechanism(GaussianSum(clip_norm=1.0, sigma=1.0), 1.0, SecretNoise()),
             expected_batch_size=4,
@@ -424,9 +425,10 @@ def test_every_microbatch_gets_as_many_rows_of_draws_as_images() -> None:
 
 def test_the_check_passes_a_loss_with_draws_and_refuses_a_network_that_mixes_photos() -> None:
     """The check works with draws as without."""
-    check_per_example_gradients(PerExampleProblem(SmallCritic(), shifted_loss, sampled), faces(2))
+    draws = Draws(lambda count, _: sampled(count), np.random.default_rng())
+    check_per_example_gradients(PerExampleProblem(SmallCritic(), shifted_loss, draws), faces(2))
     with pytest.raises(PrivacyError, match="mixes photos"):
-        check_per_example_gradients(PerExampleProblem(Statistics(), shifted_loss, sampled), faces(2))
+        check_per_example_gradients(PerExampleProblem(Statistics(), shifted_loss, draws), faces(2))
 
 
 def weak_noise(total: Tensor, mechanism: GaussianSum, secret: SecretNoise) -> Tensor:

@@ -27,6 +27,7 @@ from fedface.randomness import Streams
 from fedface.training.flow import loss_over_draws, times_and_noises
 from fedface.training.gan import d_loss_real
 from fedface.training.per_example_gradients import (
+    Draws,
     PerExampleLoss,
     PerExampleProblem,
     _layer_by_layer,
@@ -59,15 +60,18 @@ class Case:
         return (self.photos[part],) if self.draws is None else (self.photos[part], self.draws[part])
 
     def problem(self, scales: list[Tensor] | None = None, microbatch: int = 32) -> PerExampleProblem:
-        return PerExampleProblem(self.module, self.loss, self.draw(), scales, microbatch)
+        return PerExampleProblem(self.module, self.loss, self.in_order(), scales, microbatch)
 
-    def draw(self) -> Callable[[int], Tensor] | None:
+    def in_order(self) -> Draws | None:
         """Hands out the fixed draws in the order of the photos."""
         if self.draws is None:
             return None
         left = iter(self.draws)
         # Padding images follow the photos; their draws have no effect.
-        return lambda count: torch.stack([next(left, torch.zeros_like(self.draws[0])) for _ in range(count)])
+        return Draws(
+            lambda count, _: torch.stack([next(left, torch.zeros_like(self.draws[0])) for _ in range(count)]),
+            np.random.default_rng(),
+        )
 
 
 def is_supported_layerwise(case: Case) -> bool:
@@ -407,13 +411,13 @@ def test_a_photos_gradient_is_bit_identical_in_any_microbatch(name: str) -> None
     """At every position of a full microbatch, next to other photos or padding."""
     case = CASES[name]().at(torch.float32)
     shape = None if case.draws is None else case.draws.shape[1:]
-    rng = STREAMS.generator("draws of places")
 
-    def draw(count: int) -> Tensor:
+    def sample(count: int, rng: np.random.Generator) -> Tensor:
         assert shape is not None
-        return torch.rand(count, *shape, generator=rng)
+        return torch.from_numpy(rng.random((count, *shape), dtype=np.float32))
 
-    problem = PerExampleProblem(case.module, case.loss, None if shape is None else draw, microbatch=16)
+    draws = None if shape is None else Draws(sample, np.random.default_rng())
+    problem = PerExampleProblem(case.module, case.loss, draws, microbatch=16)
     assert with_deterministic_microbatch(problem, case.photos.shape[1:]) is problem
 
 
@@ -462,22 +466,66 @@ def test_weights_cannot_hide_kernels_that_depend_on_the_place() -> None:
     apart = [number for number, place in zip(numbers, places, strict=True) if place[0, 0] != place[-1, 0]]
     if not apart:
         pytest.skip("this processor rounds SiLU in the same way everywhere")
-    rng = np.random.default_rng(1)
     problem = PerExampleProblem(
         hostile_flow(apart[0]),
         loss_over_draws,
-        lambda count: times_and_noises(count, 5, 16, 1.0, rng),
+        Draws(lambda count, rng: times_and_noises(count, 5, 16, 1.0, rng), np.random.default_rng(1)),
         microbatch=12,
     )
     bright = torch.full((12, 3, 16, 16), 247 / 255)
-    assert problem.draw is not None
-    draws = problem.draw(1).expand(12, -1, -1)
+    assert problem.draws is not None
+    draws = problem.draws.fresh(1).expand(12, -1, -1)
     norms = torch.cat([part.flatten(1) for part in per_example_gradients(problem, bright, draws)], 1).norm(
         dim=1
     )
     if float(norms.max()) < 100 * float(norms.min()):
         pytest.skip("this processor's kernels do not depend on the place here")
     assert with_deterministic_microbatch(problem, (3, 16, 16)).microbatch == 1
+
+
+def test_a_microbatch_is_checked_with_its_own_weights_too() -> None:
+    """A network whose gradients depend on the place where its output is huge, as no public weights make it."""
+
+    class Counting(nn.Module):
+        def __init__(self, size: float) -> None:
+            super().__init__()
+            self.layer = nn.Linear(48, 1)
+            nn.init.constant_(self.layer.weight, size)
+
+        def forward(self, photos: Tensor) -> Tensor:
+            seen = self.layer(photos.flatten(1))[:, 0]
+            return seen * (1 + torch.arange(len(seen)) * (seen.detach() > 1e6))
+
+    for size, microbatch in ((1.0, 16), (1e6, 1)):
+        problem = PerExampleProblem(Counting(size), output, microbatch=16)
+        assert with_deterministic_microbatch(problem, (3, 4, 4)).microbatch == microbatch
+
+
+def overflowing_flow() -> RectifiedFlow:
+    """A flow whose gradient overflows for about half of all draws."""
+    flow = RectifiedFlow(
+        FlowConfig(size=16, width=16, multipliers=(1.0,), time_width=16, steps=2),
+        torch.Generator().manual_seed(1),
+    )
+    weight = flow.unet.leave.weight
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+        weight.mul_(5.7e18 / weight.abs().max())
+    return flow
+
+
+def test_the_secret_draws_of_a_round_do_not_decide_its_microbatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a flow is checked several times, with secret draws that differ; the check takes none of them."""
+    monkeypatch.setattr("fedface.training.per_example_gradients.PUBLIC_WEIGHTS", 0)
+    flow, decided = overflowing_flow(), set()
+    for seed in range(5):
+        secret = np.random.default_rng(seed)
+        before = secret.bit_generator.state
+        draws = Draws(lambda count, rng: times_and_noises(count, 1, 16, 1.0, rng), secret)
+        problem = PerExampleProblem(flow, loss_over_draws, draws, microbatch=16)
+        decided.add(with_deterministic_microbatch(problem, (3, 16, 16)).microbatch)
+        assert secret.bit_generator.state == before
+    assert len(decided) == 1
 
 
 class Amplifier(nn.Module):

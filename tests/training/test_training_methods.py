@@ -14,7 +14,9 @@ from fedface.experiment import Experiment
 from fedface.models.checkpoint import flatten_parameters, weights_hash
 from fedface.models.lora import Lora, attach, flatten_trainable
 from fedface.models.model import (
+    Architecture,
     EncoderArchitecture,
+    FlowArchitecture,
     GanArchitecture,
     Model,
     SuperResolutionArchitecture,
@@ -23,6 +25,8 @@ from fedface.models.model import (
 from fedface.randomness import Streams
 from fedface.synthetic.faces import ToneMix, render, sample_faces
 from fedface.tensor_types import Images
+from fedface.training import per_example_gradients
+from fedface.training.per_example_gradients import PerExampleProblem
 from fedface.training.training_methods import (
     common_streams,
     prepare_round,
@@ -53,6 +57,46 @@ def update_of(work: TrainingRound, seen: Images, name: str = "device") -> torch.
 def state_of(model: Model) -> torch.Tensor:
     """All saved numbers of a model, flat."""
     return torch.cat([v.flatten() for module in model.modules() for v in module.state_dict().values()])
+
+
+def wider(architecture: Architecture) -> Architecture:
+    """With more channels in the network that is trained on photos."""
+    match architecture:
+        case GanArchitecture(discriminator=network):
+            return replace(architecture, discriminator=replace(network, channel_max=16))
+        case FlowArchitecture(flow=flow):
+            return replace(architecture, flow=replace(flow, width=32))
+        case SuperResolutionArchitecture(network=resolver):
+            return replace(architecture, network=replace(resolver, width=16))
+        case _:
+            raise ValueError(architecture)
+
+
+@pytest.mark.parametrize("way", ["full", "flow", "resolver"])
+def test_two_architectures_in_one_process_are_checked_separately(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose gradients depend on a place in a microbatch, which its own weights hide, and one whose do not."""
+    used: list[int] = []
+    experiment = tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"})
+    other = wider(WAYS[way][1])
+    widest = len(flatten_parameters(build_model(other).modules()[-1]))
+
+    def independent(problem: PerExampleProblem, *given: object, zero_shows: bool) -> bool:
+        return zero_shows or len(flatten_parameters(problem.network)) < widest
+
+    padded = per_example_gradients._padded
+    monkeypatch.setattr(per_example_gradients, "_deterministic", {})
+    monkeypatch.setattr(per_example_gradients, "_is_deterministic", independent)
+    monkeypatch.setattr(
+        per_example_gradients, "_padded", lambda seen, size: used.append(size) or padded(seen, size)
+    )
+    for architecture in (WAYS[way][1], other):
+        model = build_model(architecture, Streams(5).generator("weights"))
+        update_of(
+            prepare_round(model, experiment.training, experiment.plan().dp_parameters, COMMON), photos(0)
+        )
+    assert used[0] == 16 and used[-1] == 1
 
 
 @each_way
