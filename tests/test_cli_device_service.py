@@ -87,6 +87,11 @@ def test_systemd_accepts_the_unit_of_a_user(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=60, env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
     )  # fmt: skip
     assert verified.returncode == 0 and unit.name not in verified.stderr, verified.stderr
+    scored = subprocess.run(
+        ["systemd-analyze", "security", "--user", "--offline=true", "--no-pager", "--threshold=70", unit],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stdout[-300:]  # 9.8 of 10 without the restrictions
     for line in (
         "NoNewPrivileges=true",
         "RestrictNamespaces=true",

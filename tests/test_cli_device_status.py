@@ -115,7 +115,9 @@ def test_a_state_folder_that_is_not_there_is_an_error(fedface, tmp_path: Path, c
 def test_the_device_of_a_join_needs_no_name(fedface, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """~/fedface/device.yaml is the default of each command."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert f"{tmp_path}/fedface/device.yaml: no such file" in fedface("status").sentence
+    assert (
+        f"{tmp_path}/fedface/device.yaml: no such file; `fedface device join`" in fedface("status").sentence
+    )
     (tmp_path / "photos").mkdir()
     (tmp_path / "fedface" / "state").mkdir(parents=True, mode=0o700)
     file = tmp_path / "fedface" / "device.yaml"

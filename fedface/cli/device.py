@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedface.cli.options import JsonOption, OpenBrowserOption, PortOption, example
+from fedface.errors import ConfigError
 from fedface.privacy_units import UNITS
 
 device = typer.Typer(
@@ -20,7 +21,19 @@ ledger = typer.Typer(
 )
 
 DEVICE = Path("~/fedface/device.yaml")  # what `fedface device join` writes
-DeviceArgument = Annotated[Path, typer.Argument(help="The device file.", callback=Path.expanduser)]
+
+
+def _device_file(path: Path) -> Path:
+    """Raises ConfigError if no device file is named and this user has none."""
+    file = path.expanduser()
+    if path == DEVICE and not file.exists():
+        raise ConfigError(
+            f"{file}: no such file; `fedface device join` writes it, or name that of your device"
+        )
+    return file
+
+
+DeviceArgument = Annotated[Path, typer.Argument(help="The device file.", callback=_device_file)]
 LedgerArgument = Annotated[Path, typer.Argument(help="A device file (.yaml), or a ledger.sqlite.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 DeltaOption = Annotated[
