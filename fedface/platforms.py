@@ -5,6 +5,7 @@ Only Linux has been run. Tests take away what the others lack, and check what is
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ NO_WAITING: int = getattr(os, "O_NONBLOCK", 0)  # for os.open: return at once fo
 PROCESSES: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 LOCKED_BYTE = 1 << 30  # behind the end of any locked file: Windows refuses to read a byte that is locked
 LOCK_POLL_SECONDS = 0.1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LOW_PRIORITY = 10  # added to the niceness, of 19 at most
 
 
@@ -78,6 +80,14 @@ def sync_folder(folder: Path) -> None:
 def usable_cores() -> int:
     """How many processors this process may use, at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fix_allocator_thresholds() -> None:
+    """Let no freed block decide how later ones are allocated, as glibc does: at its own upper bound, for all sizes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # musl has none, and no thresholds that move
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 26)
 
 
 def lower_priority() -> None:

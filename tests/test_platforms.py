@@ -136,3 +136,29 @@ def test_a_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(platforms, "fcntl", None)
     with pytest.raises(OSError, match="no locks"), one_at_a_time(tmp_path):
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of Linux")
+def test_a_freed_block_does_not_decide_where_the_next_one_lies() -> None:
+    """Without fixed thresholds glibc maps the first block of 16 MB separately, and takes the second from its heap."""
+    program = """if True:
+        import ctypes, fedface.platforms
+        fedface.platforms.fix_allocator_thresholds()
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        if not hasattr(libc, "mallinfo2"):
+            print([[0, 1]] * 2)
+            raise SystemExit
+        class Info(ctypes.Structure):
+            _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks a b c d e f".split()]
+        libc.mallinfo2.restype = Info
+        def mapped(size):
+            before = libc.mallinfo2().hblks
+            block = libc.malloc(size)
+            more = libc.mallinfo2().hblks - before
+            libc.free(block)
+            return more
+        print([[mapped(1 << 24), mapped(1 << 26)] for _ in range(2)])
+    """
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[[0, 1], [0, 1]]"

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from fedface.errors import ConfigError, FederationError
-from fedface.platforms import PROCESSES, lower_priority
+from fedface.platforms import PROCESSES, fix_allocator_thresholds, lower_priority
 from fedface.privacy.hash_chain import without_transactions
 from fedface.privacy.participation_conditions import (
     ConditionsNotMet,
@@ -169,6 +169,7 @@ def _work(tasks: Connection, stopped_seconds: Any, address: str, device_file: Pa
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process, which then ends this one
     lower_priority()
+    fix_allocator_thresholds()
     log_to_stderr()
     installed = installed_app(device_file, lambda: float(stopped_seconds.value))
 
