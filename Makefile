@@ -28,7 +28,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)  # minutes; benchmarks/latent_search.py, full_size.py and quality_counts.py take longer
-	$(BIN)/python benchmarks/encryption.py
+	$(BIN)/python benchmarks/secure_aggregation.py
 	$(BIN)/python benchmarks/private_step.py --rounds 3
 
 $(STAMP): pyproject.toml constraints.txt

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, assert_never
 from fedface.aggregation.payload import (
     AggregationConfig,
     AggregationParameters,
-    HomomorphicConfig,
+    MaskedConfig,
     PlainConfig,
     fewest_summed,
 )
@@ -226,7 +226,7 @@ class Experiment:
     seed: Annotated[int, AtLeast(0)] = 0
     base: Path | None = None  # a checkpoint; None is the bundled one for this kind of training
     training: Training = field(default_factory=GanTrainingConfig)
-    aggregation: AggregationConfig = field(default_factory=HomomorphicConfig)
+    aggregation: AggregationConfig = field(default_factory=MaskedConfig)
     policy: DevicePolicy | None = None  # of simulated devices; None allows exactly this run
     min_responses: int = 2  # a round with fewer replies is not applied
     upsampling: UpsamplingConfig = field(default_factory=UpsamplingConfig)
@@ -247,16 +247,16 @@ class Experiment:
             raise ValueError(
                 f"min_responses must lie between 1 and the {self.devices.count} devices, got {self.min_responses}"
             )
-        if isinstance(self.aggregation, HomomorphicConfig):
+        if not isinstance(self.aggregation, PlainConfig):
             if (fewest := self.aggregation.min_devices) > self.devices.count:
                 raise ValueError(
                     f"aggregation: min_devices must be at most the {self.devices.count} devices, got {fewest}; "
-                    "no device could decrypt a sum"
+                    "no sum could be revealed"
                 )
             if fewest > self.min_responses:
                 raise ValueError(
                     f"min_responses must be at least aggregation.min_devices={fewest}, got {self.min_responses}: "
-                    "devices would pay for a sum that none of them decrypts"
+                    "devices would pay for a sum that is not revealed"
                 )
         if isinstance(self.training, UpsamplerTrainingConfig):
             if self.training.downscale != self.upsampling.downscale:

@@ -22,7 +22,7 @@ WILLING = """
 max_epsilon: 8
 delta: 1e-5
 objectives: [generator]
-protocols: [homomorphic]
+protocols: [masked]
 """
 
 
@@ -64,7 +64,7 @@ def test_a_policy_is_printed_in_sentences(check, willing: Path, tmp_path: Path) 
     result = check(willing)
     assert (result.code, result.err) == (0, "")
     assert "at most epsilon 8 at delta 1e-5 per photo for life" in result.out
-    assert "updates may be sent homomorphic, where 2 devices or more are summed" in result.out
+    assert "updates may be sent masked, where 2 devices or more are summed" in result.out
     assert "no ledger yet: nothing is spent" in result.out
     device = check(device_file(tmp_path))
     assert device.code == 0
@@ -87,10 +87,10 @@ def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: P
     [
         (("max_epsilon: 8", "max_epsilon: 4"), "is already spent"),
         (("[generator]", "[upsampler]"), 'this device allows upsampler'),
-        (("[homomorphic]", "[plain]"), 'requests updates as "homomorphic"; this device allows plain'),
-        (("[homomorphic]", "[homomorphic]\nmin_cohort_size: 50"), "only among 50 or more"),
-        (("[homomorphic]", "[homomorphic]\nunit: occasion"), "guarantee is per photo; the owner of this device counts"),
-        (("[homomorphic]", "[homomorphic]\nexpires: 2020-01-01"), "has ended (2020-01-01)"),
+        (("[masked]", "[plain]"), 'requests updates as "masked"; this device allows plain'),
+        (("[masked]", "[masked]\nmin_cohort_size: 50"), "only among 50 or more"),
+        (("[masked]", "[masked]\nunit: occasion"), "guarantee is per photo; the owner of this device counts"),
+        (("[masked]", "[masked]\nexpires: 2020-01-01"), "has ended (2020-01-01)"),
     ],
 )  # fmt: skip
 def test_a_device_would_refuse_with_the_reason(  # type: ignore[no-untyped-def]

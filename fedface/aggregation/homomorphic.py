@@ -1,13 +1,12 @@
 """Homomorphically encrypted sums: the server adds ciphertexts, and only a key holder decrypts the sum.
 
-The only module that imports TenSEAL. `make_keys`, `make_device` and `make_server` choose between this protocol and
-plain sums; `HomomorphicServer` is built without a key. The scheme is BFV (Brakerski 2012, ePrint 2012/078; Fan and
-Vercauteren 2012, ePrint 2012/144) in Microsoft SEAL: degree 4096, coefficient primes of 40 + 32 + 37 bits, which SEAL's
-own table accepts for 128-bit security, seeded symmetric ciphertexts. Not CKKS: a decrypted CKKS sum contains the
-encryption noise, from which the key can be recovered once it is published (Li and Micciancio 2021, ePrint 2020/1533); a
-BFV sum is an exact integer.
+The only module that imports TenSEAL; `HomomorphicServer` is built without a key. The scheme is BFV (Brakerski 2012,
+ePrint 2012/078; Fan and Vercauteren 2012, ePrint 2012/144) in Microsoft SEAL: degree 4096, coefficient primes of 40 +
+32 + 37 bits, which SEAL's own table accepts for 128-bit security, seeded symmetric ciphertexts. Not CKKS: a decrypted
+CKKS sum contains the encryption noise, from which the key can be recovered once it is published (Li and Micciancio
+2021, ePrint 2020/1533); a BFV sum is an exact integer.
 
-What this does NOT protect against (see docs/encryption.md):
+What this does NOT protect against (see docs/secure-aggregation.md):
     * The devices share ONE secret key. Any device, or anyone who steals the key from one, can decrypt every upload
       that it sees. Uploads must go to the server over a separate encrypted channel (TLS).
     * A malicious server. It can send a key holder one device's upload, altered to look like the sum; the count inside
@@ -26,23 +25,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 import tenseal
 from tenseal import sealapi
 
 from fedface.aggregation.payload import (
-    Aggregation,
-    AggregationConfig,
     AggregationParameters,
     HomomorphicConfig,
     Payload,
-    PlainConfig,
     PlainValue,
     same_shape,
 )
-from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.quantisation import Packing, Quantiser
 from fedface.atomic_io import create_bytes
 from fedface.errors import AggregationError
@@ -364,40 +359,3 @@ class HomomorphicDevice:
         plain = sealapi.Plaintext()
         self._decryptor.decrypt(ciphertext, plain)
         return list(self._encoder.decode_uint64(plain))
-
-
-def make_keys(config: AggregationConfig, agreement: AggregationParameters) -> HomomorphicKeys | None:
-    """The key that the devices of a run share, if the protocol needs one. Never call this on the server."""
-    match config:
-        case PlainConfig():
-            return None
-        case HomomorphicConfig():
-            return HomomorphicKeys.make(config, agreement)
-        case _:
-            assert_never(config)
-
-
-def make_server(config: AggregationConfig, agreement: AggregationParameters) -> Aggregation:
-    """The server's side, built without a key: it sums, and can reveal only plain sums."""
-    match config:
-        case PlainConfig():
-            return PlainAggregation(max_devices=agreement.max_devices)
-        case HomomorphicConfig():
-            return HomomorphicServer(config, agreement)
-        case _:
-            assert_never(config)
-
-
-def make_device(
-    config: AggregationConfig, agreement: AggregationParameters, keys: HomomorphicKeys | None
-) -> Aggregation:
-    """The side of a device and key holder. Raises AggregationError if a required key is missing."""
-    match config:
-        case PlainConfig():
-            return PlainAggregation(max_devices=agreement.max_devices)
-        case HomomorphicConfig():
-            if keys is None:
-                raise AggregationError("encrypted sums need the devices' shared key, got none")
-            return HomomorphicDevice(config, agreement, keys)
-        case _:
-            assert_never(config)

@@ -13,7 +13,8 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, NoReturn, Protocol, TypeAlias
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal, NoReturn, Protocol, TypeAlias
 
 from fedface.errors import AggregationError
 from fedface.tensor_types import Vector
@@ -45,6 +46,29 @@ class AggregationParameters:
     max_devices: Annotated[int, In(f"[1, {1 << 20}]")]  # how many updates may be in one sum
 
 
+SumOf = Literal["updates", "metrics"]
+Exchange = Literal[
+    "decrypt", "shares", "masked", "survivors", "reveal"
+]  # of homomorphic sums; of masked ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumContext:
+    """What one sum is of."""
+
+    run: str
+    round: int
+    sum_of: SumOf
+    model: str  # hash of the weights that the round began with
+    terms: str  # hash of everything else that the devices were asked for
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256, 32 bytes."""
+        content = [self.run, self.round, self.sum_of, self.model, self.terms]
+        return hashlib.sha256(json.dumps(content).encode()).digest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlainConfig:
     """Unencrypted float32: the server sees every update."""
@@ -64,12 +88,26 @@ class HomomorphicConfig:
     min_devices: Annotated[int, AtLeast(1)] = 2
 
 
-AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig
+@dataclass(frozen=True, kw_only=True)
+@checked
+class MaskedConfig:
+    """Integers modulo 2^32 under masks that cancel in the sum; no one has a key."""
+
+    kind: ClassVar[str] = "masked"
+
+    bits: Annotated[int, In("[2, 24]")] = 16  # for one value of one device
+    min_devices: Annotated[int, AtLeast(2)] = 2  # a sum of fewer vectors is not revealed
+    # Share of the devices that may drop out; None: a third of fewer than 40, a tenth of more.
+    dropout_share: Annotated[float, In("[0, 0.5)")] | None = None
+    corrupt_share: Annotated[float, In("[0, 0.5)")] = 0.1  # of the devices, which may collude with the server
+
+
+AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig | MaskedConfig
 
 
 def fewest_summed(config: AggregationConfig, cohort: int) -> int:
     """The fewest updates that the sum of a round may contain, if `cohort` devices are asked."""
-    return min(cohort, config.min_devices) if isinstance(config, HomomorphicConfig) else cohort
+    return cohort if isinstance(config, PlainConfig) else min(cohort, config.min_devices)
 
 
 def _refuse(problem: str) -> NoReturn:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import typer
 
-from fedface.aggregation.payload import HomomorphicConfig
+from fedface.aggregation.payload import PlainConfig
 from fedface.atomic_io import create_bytes, locked_folder, replace_bytes
 from fedface.cli.console import cell, note, say
 from fedface.cli.device_service import install_service
@@ -233,7 +233,7 @@ def _least_policy(plan: RunPlan) -> DevicePolicy:
     rate = min(part.schedule.sampling_rate for part in releases.parts)
     delta, unit = min(DELTA, float(f"{rate / LEAST_RATE:.0e}")), releases.unit
     sums = [part.aggregation for part in plan.parts]
-    fewest = [each.min_devices if isinstance(each, HomomorphicConfig) else LEAST_COHORT for each in sums]
+    fewest = [LEAST_COHORT if isinstance(each, PlainConfig) else each.min_devices for each in sums]
     events = [(plan_event(plan, unit), 1), (releases.parts[0].event(1), 1)]
     honest = releases.parts[0].honest_devices
     return DevicePolicy(

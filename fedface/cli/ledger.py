@@ -28,7 +28,7 @@ DEFAULT_DELTA = 1e-5  # of a ledger without a policy: an entry records its unit,
 
 def device_keygen(out: Path, device: Path | None, experiment: Path | None) -> None:
     """`fedface device keygen`."""
-    from fedface.aggregation.homomorphic import make_keys
+    from fedface.aggregation.protocols import make_keys
     from fedface.device.device import admitted_plans
     from fedface.experiment import Experiment, read_experiment
     from fedface.messages.messages import EvaluationRequest, RoundConfig

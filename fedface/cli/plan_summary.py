@@ -10,14 +10,18 @@ from typing import Any
 import torch
 
 from fedface import number_format
-from fedface.aggregation.homomorphic import make_device, make_keys
-from fedface.aggregation.payload import PlainConfig
+from fedface.aggregation.mask_graph import mask_graph
+from fedface.aggregation.masked import EXCHANGES
+from fedface.aggregation.masked import traffic as masked_traffic
+from fedface.aggregation.payload import HomomorphicConfig, MaskedConfig
+from fedface.aggregation.protocols import DeviceKeys, device_sum, make_keys
 from fedface.experiment import EVALUATIONS, Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
 from fedface.models.checkpoint import flatten_parameters
 from fedface.number_format import format_delta
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.public_data.device_photos import describe_devices
+from fedface.tensor_types import Vector
 from fedface.training.latent_prior import PriorTrainingConfig
 from fedface.training.training_methods import common_streams, prepare_round
 
@@ -33,13 +37,14 @@ class Traffic:
     weights: int  # of the model
     numbers_up: int  # in one update
     bytes_up: int  # one protected update
-    bytes_decrypted: int  # one decrypted sum from one device; 0 where sums are plain
+    bytes_decrypted: int  # one decrypted sum from one device; 0 where no device decrypts
     metric_bytes_up: int  # one protected set of evaluation metrics; 0 without evaluation
+    bytes_for_sum: int = 0  # received to reveal the sum of updates, where masks need it
 
     @property
     def bytes_down(self) -> int:
-        """The weights in float32."""
-        return 4 * self.weights
+        """The weights in float32, and what reveals the sum."""
+        return 4 * self.weights + self.bytes_for_sum
 
 
 def measure_traffic(recipe: Experiment, plan: Plan) -> Traffic:
@@ -50,15 +55,24 @@ def measure_traffic(recipe: Experiment, plan: Plan) -> Traffic:
         prepare_round(model, recipe.training, plan.dp_parameters, common_streams(0, 1)).ranges()
     )
     metrics = None if recipe.evaluation is None else torch.zeros(recipe.evaluation.metrics.width)
-    keys = make_keys(recipe.aggregation, recipe.agreement)
-    device = make_device(recipe.aggregation, recipe.agreement, keys)
+    up, down = _sum_traffic(recipe, zeros)
     return Traffic(
         weights=len(weights),
         numbers_up=len(zeros),
-        bytes_up=device.protect(zeros, 1).nbytes,
-        bytes_decrypted=0 if isinstance(recipe.aggregation, PlainConfig) else 4 * len(zeros),
-        metric_bytes_up=0 if metrics is None else device.protect(metrics, 1).nbytes,
+        bytes_up=up,
+        bytes_decrypted=4 * len(zeros) if isinstance(recipe.aggregation, HomomorphicConfig) else 0,
+        metric_bytes_up=0 if metrics is None else _sum_traffic(recipe, metrics)[0],
+        bytes_for_sum=down,
     )
+
+
+def _sum_traffic(recipe: Experiment, vector: Vector) -> tuple[int, int]:
+    """Bytes that a device sends and receives for one sum, without those of the weights and of a decrypted sum."""
+    config, agreement = recipe.aggregation, recipe.agreement
+    if isinstance(config, MaskedConfig):
+        return masked_traffic(config, recipe.devices.count, len(vector))
+    keys = DeviceKeys(shared=make_keys(config, agreement))
+    return device_sum(config, agreement, keys).protect(vector, 1).nbytes, 0
 
 
 def plan_record(recipe: Experiment, plan: Plan, traffic: Traffic) -> dict[str, Any]:
@@ -120,6 +134,8 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
             f"{recipe.evaluation.metrics.width:,} numbers per device over the run, {protection}, "
             f"{number_format.size(traffic.metric_bytes_up)} each"
         )
+    if isinstance(recipe.aggregation, MaskedConfig):
+        yield from _mask_lines(recipe.aggregation, recipe.devices.count)
     if traffic.bytes_decrypted:
         yield (
             "  and, from one device that holds the key: each decrypted sum, "
@@ -127,6 +143,27 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
         )
     yield f"stays on the device: {_stays(recipe)}"
     yield f"download: the weights, {number_format.size(traffic.bytes_down)} per device and round"
+
+
+def _mask_lines(config: MaskedConfig, devices: int) -> Iterator[str]:
+    """What masked sums of so many devices survive, and what they assume."""
+    graph = mask_graph(devices, corrupt_share=config.corrupt_share, dropout_share=config.dropout_share)
+    yield (
+        f"  masked: {len(EXCHANGES)} short exchanges after each round's training, each device with "
+        f"{number_format.counted(graph.partners, 'partner')}; a sum survives "
+        f"{number_format.counted(graph.dropouts, 'dropout')}"
+    )
+    secrecy, lost = graph.log2_secrecy_failure, graph.log2_correctness_failure
+    failures = [
+        f"{what} with probability at most 2^{log2:.0f}"
+        for what, log2 in (("reveals more", secrecy), ("cannot be revealed", lost))
+        if math.isfinite(log2)
+    ]
+    yield (
+        "  no one reads one device's update, unless more than "
+        f"{number_format.counted(graph.corrupt, 'device')} of these {devices} collude with the server, or the server "
+        f"makes devices up{''.join(f'; a sum {failure}' for failure in failures)}"
+    )
 
 
 def can_list_devices(recipe: Experiment, *, photos_given: bool) -> bool:

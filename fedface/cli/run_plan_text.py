@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from fedface import number_format
-from fedface.aggregation.payload import AggregationConfig, HomomorphicConfig
+from fedface.aggregation.payload import AggregationConfig, HomomorphicConfig, MaskedConfig
 from fedface.cli.console import cell
 from fedface.measurements import Epsilon
 from fedface.messages.run_plan import RunPlan
@@ -85,6 +85,11 @@ def _protection(aggregation: AggregationConfig) -> str:
     if isinstance(aggregation, HomomorphicConfig):
         return (
             f"encrypted, so that the server sees only sums of at least "
+            f"{number_format.counted(aggregation.min_devices, 'device')}"
+        )
+    if isinstance(aggregation, MaskedConfig):
+        return (
+            f"masked, so that the server sees only sums of at least "
             f"{number_format.counted(aggregation.min_devices, 'device')}"
         )
     return "not encrypted: the server sees those of each device"

@@ -1,34 +1,33 @@
-"""Secure aggregation at the server: request protected vectors, check each reply, sum them, decrypt the sum.
+"""Secure aggregation at the server: request protected vectors, check each reply, sum them, and reveal the sum.
 
 The same for updates and metrics. Each payload is added to the sum as it arrives, and none is stored. Of a device the
-server learns only its name, its reply or refusal, and the time taken; only with plain sums does it see each payload.
+server learns only its name, its replies or refusals, and the time taken; only with plain sums does it see each vector.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
-
-from fedface.aggregation.homomorphic import make_server
-from fedface.aggregation.payload import Aggregation, Payload, PlainConfig
-from fedface.aggregation.plain import PlainAggregation
+from fedface.aggregation.payload import Payload, SumOf
+from fedface.aggregation.protocols import server_sum
+from fedface.aggregation.sums import Request, ServerSum, SumResult
 from fedface.errors import AggregationError, FederationError
 from fedface.experiment import Experiment
 from fedface.messages.cohort import Cohort
 from fedface.messages.messages import (
-    DecryptResult,
-    DecryptTask,
     EvaluateResult,
     EvaluateTask,
+    ExchangeResult,
+    ExchangeTask,
     Failure,
     Refusal,
     Reply,
     TrainResult,
     TrainTask,
+    sum_context,
 )
 from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.plan import DPParameters
@@ -36,9 +35,25 @@ from fedface.randomness import SecretNoise
 from fedface.reports.run_record import RefusalRecord
 from fedface.tensor_types import Vector
 
-Result = TrainResult | EvaluateResult
 
-LARGEST = 1e3  # public ranges; encrypted numbers are limited to 1
+@dataclass(frozen=True, kw_only=True)
+class SumListener:
+    """What a run does while a sum is made."""
+
+    progress: Callable[[int], None]  # with the number of replies so far
+    withdrawn: Callable[
+        [Mapping[int, str]], None
+    ]  # with a member whose owner has withdrawn, as soon as that arrives
+    folder: Path | None = None  # where sums that are under way are stored
+
+    def file(self, sum_of: SumOf, round: int) -> Path | None:
+        """The file of the sum of a round."""
+        return None if self.folder is None else self.folder / f"{sum_of}-{round:03d}.sum"
+
+    def forget(self, sum_of: SumOf, round: int) -> None:
+        """Delete the file of a sum whose result is stored."""
+        if (path := self.file(sum_of, round)) is not None:
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +65,8 @@ class RoundSum:
     refusals: tuple[RefusalRecord, ...]
     dropped: tuple[RefusalRecord, ...]
     withdrawn: Mapping[int, str]  # members whose owners have withdrawn, and their names
-    total: Vector  # decrypted, in public ranges, (d,)
-    count: int  # how many vectors are in it
+    total: Vector  # in public ranges, (d,)
+    count: int  # how many vectors are in it; at least as many as members
     bytes_up: int
     bytes_reveal: int
     seconds: float
@@ -66,53 +81,69 @@ def collect_and_sum(
     members: Sequence[int],
     task: TrainTask | EvaluateTask,
     length: int,
-    on_progress: Callable[[int], None],
-    on_withdrawal: Callable[[Mapping[int, str]], None],
+    listener: SumListener,
 ) -> RoundSum:
-    """Send every member the task, sum the usable replies, and have the sum decrypted.
+    """Send every member the task, sum the usable replies, and reveal the sum.
 
     Args:
         experiment: Gives the aggregation protocol and min_responses.
-        length: d, how many numbers a reply holds.
-        on_withdrawal: Called with the member whose owner has withdrawn, and its name, as soon as that arrives.
+        length: d, how many numbers a vector has.
 
     Raises:
-        FederationError: Too few usable replies, or no device could decrypt the sum.
+        FederationError: Too few usable replies, or the sum could not be revealed. The run can be resumed.
     """
     started = time.perf_counter()
-    server = make_server(experiment.aggregation, experiment.agreement)
-    arrivals = _Arrivals(server, task, length)
-    for done, (member, reply) in enumerate(cohort.ask(task, members), start=1):
+    context = sum_context(task)
+    asked = task.config if isinstance(task, TrainTask) else task.request
+    stored = listener.file(context.sum_of, task.round)
+    try:
+        server = server_sum(
+            experiment.aggregation, experiment.agreement, context, length, dp=asked.dp, stored=stored
+        )
+    except AggregationError as error:
+        raise FederationError(f"round {task.round}: {error}") from error
+    arrivals = _Arrivals(
+        server=server, expected=TrainResult if isinstance(task, TrainTask) else EvaluateResult
+    )
+    for done, (member, reply) in enumerate(cohort.ask(dict.fromkeys(members, task)), start=1):
         if isinstance(reply, Refusal) and reply.withdrawn:
             arrivals.withdrawn[member] = reply.device
-            on_withdrawal({member: reply.device})
+            listener.withdrawn({member: reply.device})
         arrivals.add(member, reply)
-        on_progress(done)
-    summed, refusals, dropped = arrivals.result()
-    if summed is None or len(summed.devices) < experiment.min_responses:
-        reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*refusals, *dropped))
+        listener.progress(done)
+    arrivals.close()
+    if len(arrivals.devices) < experiment.min_responses:
+        reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*arrivals.refusals, *arrivals.dropped))
         raise FederationError(
-            f"round {task.round}: {0 if summed is None else len(summed.devices)} of {len(members)} devices gave a "
-            f"usable reply, {experiment.min_responses} are needed ({reasons or 'no reasons given'}). "
+            f"round {task.round}: {len(arrivals.devices)} of {len(members)} devices gave a usable reply, "
+            f"{experiment.min_responses} are needed ({reasons or 'no reasons given'}). "
             "Nothing was applied; fix the cause and resume the run."
         )
     combined = time.perf_counter()
-    ordered = dict(sorted(summed.devices.items()))
-    decrypted = _decrypt(experiment, cohort, server, summed.total, list(ordered), task)
+    revealing = _Revealing()
+    revealed = _reveal(experiment, cohort, server, task, revealing)
     finished = time.perf_counter()
-    encrypted = not isinstance(experiment.aggregation, PlainConfig)
     return RoundSum(
-        members=tuple(ordered),
-        devices=tuple(ordered.values()),
-        refusals=refusals,
-        dropped=dropped,
+        members=tuple(sorted(revealed.members)),
+        devices=tuple(arrivals.devices[member] for member in sorted(revealed.members)),
+        refusals=arrivals.refusals,
+        dropped=(
+            *arrivals.dropped,
+            *(
+                RefusalRecord(
+                    device=name, reason=revealing.reasons.get(member, "its vector is not in the sum")
+                )
+                for member, name in sorted(arrivals.devices.items())
+                if member not in revealed.members
+            ),
+        ),
         withdrawn=arrivals.withdrawn,
-        total=decrypted,
-        count=summed.total.count,
-        bytes_up=summed.bytes_up,
-        bytes_reveal=summed.total.nbytes + 4 * length if encrypted else 0,
+        total=revealed.total,
+        count=revealed.count,
+        bytes_up=arrivals.bytes_up + revealing.bytes_up,
+        bytes_reveal=revealing.bytes,
         seconds=finished - started,
-        seconds_protect=summed.seconds_protect,
+        seconds_protect=arrivals.seconds_protect,
         seconds_combine=arrivals.seconds,
         seconds_reveal=finished - combined,
     )
@@ -135,30 +166,21 @@ def noised_sum(total: Vector, dp: DPParameters) -> Vector:
 
 
 @dataclass(kw_only=True)
-class _KeySum:
-    """The sum of the updates that are encrypted with one key, or not at all."""
-
-    total: Payload
-    devices: dict[int, str]  # member -> its name
-    bytes_up: int
-    seconds_protect: float
-
-
 class _Arrivals:
     """The replies of one round, each checked and summed as it arrives.
 
     None is stored: memory is needed for one sum and one reply, however many devices there are.
     """
 
-    def __init__(self, server: Aggregation, task: TrainTask | EvaluateTask, length: int) -> None:
-        self.withdrawn: dict[int, str] = {}
-        self.seconds = 0.0  # of checking and summing
-        self._server, self._round, self._length = server, task.round, length
-        self._expected = TrainResult if isinstance(task, TrainTask) else EvaluateResult
-        self._sums: dict[str, _KeySum] = {}  # by the public name of the key
-        self._seen: set[tuple[str, bytes]] = set()
-        self._refusals: dict[int, RefusalRecord] = {}
-        self._dropped: dict[int, RefusalRecord] = {}
+    server: ServerSum
+    expected: type[TrainResult] | type[EvaluateResult]
+    devices: dict[int, str] = field(default_factory=dict)  # the names of those whose replies are usable
+    withdrawn: dict[int, str] = field(default_factory=dict)
+    bytes_up: int = 0
+    seconds: float = 0.0  # of checking and summing
+    seconds_protect: float = 0.0
+    _refusals: dict[int, RefusalRecord] = field(default_factory=dict)
+    _dropped: dict[int, RefusalRecord] = field(default_factory=dict)
 
     def add(self, member: int, reply: Reply | Failure) -> None:
         """Add one member's reply to the sum, or note why it is left out."""
@@ -166,101 +188,96 @@ class _Arrivals:
         match reply:
             case Refusal(device=device, reason=reason):
                 self._refusals[member] = RefusalRecord(device=device, reason=reason)
-            case TrainResult() | EvaluateResult() if isinstance(reply, self._expected):
+            case TrainResult() | EvaluateResult() if isinstance(reply, self.expected):
                 started = time.perf_counter()
                 try:
-                    self._sum(member, reply)
+                    self.server.accept(member, Payload.from_bytes(reply.payload), reply.device)
                 except AggregationError as error:
                     self._dropped[member] = RefusalRecord(device=reply.device, reason=str(error))
+                else:
+                    self.devices[member] = reply.device
+                    self.bytes_up += len(reply.payload)
+                    self.seconds_protect = max(self.seconds_protect, reply.seconds_protect)
                 self.seconds += time.perf_counter() - started
             case Failure(reason=reason):
                 self._dropped[member] = RefusalRecord(device=name, reason=reason)
             case _:
                 self._dropped[member] = RefusalRecord(device=name, reason="replied to another task")
 
-    def _sum(self, member: int, reply: Result) -> None:
-        """Raises AggregationError, and leaves the sums as they were, for a payload that cannot be added."""
-        payload = _checked(reply.payload, self._server, self._round, self._length)
-        key = str(payload.header.get("key", ""))
-        # One update must count once. Two programs with one state folder send one stored reply; no two ciphertexts are
-        # equal unless one is a copy; without encryption two devices of other names may send the same numbers.
-        content = "" if key else reply.device, hashlib.sha256(b"".join(payload.parts[:1])).digest()
-        if content in self._seen:
-            raise AggregationError(
-                "another device sent the same bytes: if two programs use one state folder, stop one"
-            )
-        known = self._sums.get(key)
-        if known is None:
-            known = self._sums[key] = _KeySum(
-                total=self._server.combine([payload]), devices={}, bytes_up=0, seconds_protect=0.0
-            )
-        else:
-            known.total = self._server.combine([known.total, payload])
-        self._seen.add(content)
-        known.devices[member] = reply.device
-        known.bytes_up += len(reply.payload)
-        known.seconds_protect = max(known.seconds_protect, reply.seconds_protect)
+    def close(self) -> None:
+        """Leave out what cannot be in the sum after all."""
+        for member, reason in self.server.close().items():
+            self._dropped[member] = RefusalRecord(device=self.devices.pop(member), reason=reason)
 
-    def result(self) -> tuple[_KeySum | None, tuple[RefusalRecord, ...], tuple[RefusalRecord, ...]]:
-        """The sum under the key that most devices use, if there is any; refusals; and what was dropped."""
-        most = max(self._sums, key=lambda key: len(self._sums[key].devices), default="")
-        reason = f"its update is encrypted with another key than most devices' ({most}); give it a copy of that key"
-        others = {
-            member: RefusalRecord(device=device, reason=reason)
-            for key, known in self._sums.items()
-            if key != most
-            for member, device in known.devices.items()
-        }
-        return self._sums.get(most), _in_order(self._refusals), _in_order(self._dropped | others)
+    @property
+    def refusals(self) -> tuple[RefusalRecord, ...]:
+        """By member."""
+        return tuple(self._refusals[member] for member in sorted(self._refusals))
+
+    @property
+    def dropped(self) -> tuple[RefusalRecord, ...]:
+        """By member."""
+        return tuple(self._dropped[member] for member in sorted(self._dropped))
 
 
-def _in_order(records: Mapping[int, RefusalRecord]) -> tuple[RefusalRecord, ...]:
-    return tuple(records[member] for member in sorted(records))
+@dataclass(kw_only=True)
+class _Revealing:
+    """The exchanges that reveal a sum."""
+
+    reasons: dict[int, str] = field(default_factory=dict)  # why members did not take part in one
+    bytes_up: int = 0  # of masked vectors
+    bytes: int = 0  # of all else, both ways
 
 
-def _checked(written: bytes, server: Aggregation, number: int, length: int) -> Payload:
-    """The payload, if it is one vector of this round and length, in its range. Raises AggregationError."""
-    payload = Payload.from_bytes(written)
-    if (payload.round, payload.length, payload.count) != (number, length, 1):
-        raise AggregationError(
-            f"expected one update of round {number} with {length} weights, got {payload.count} of round "
-            f"{payload.round} with {payload.length}"
+def _reveal(
+    experiment: Experiment, cohort: Cohort, server: ServerSum, task: TrainTask | EvaluateTask, noted: _Revealing
+) -> SumResult:  # fmt: skip
+    """The sum, after all exchanges. Raises FederationError if it cannot be revealed."""
+    try:
+        for request in server.exchanges():
+            _exchange(experiment, cohort, request, task, noted)
+        result = server.result()
+    except AggregationError as error:
+        given = "; ".join(f"device {member}: {reason}" for member, reason in sorted(noted.reasons.items()))
+        raise FederationError(
+            f"round {task.round}: {error} ({given or 'no reasons given'}); resume to try again"
+        ) from error
+    if result.count < experiment.min_responses:
+        raise FederationError(
+            f"round {task.round}: {result.count} devices are in the sum, {experiment.min_responses} are needed. "
+            "Nothing was applied; start a new run"
         )
-    if isinstance(server, PlainAggregation):
-        largest = float(server.reveal(payload).abs().max())
-        if largest > LARGEST:
-            raise AggregationError(
-                f"expected numbers of about one public range, {LARGEST:.0f} at most, got {largest:.3g}"
-            )
-    return payload
+    return result
 
 
-def _decrypt(
-    experiment: Experiment, cohort: Cohort, server: Aggregation, total: Payload, members: list[int],
-    task: TrainTask | EvaluateTask,
-) -> Vector:  # fmt: skip
-    """The sum, read by the server if it was never encrypted, otherwise decrypted by the first device that can."""
-    if isinstance(experiment.aggregation, PlainConfig):
-        return server.reveal(total)
-    decrypt = DecryptTask(
-        sum_of="updates" if isinstance(task, TrainTask) else "metrics",
-        run=task.run,
-        round=task.round,
-        aggregation=experiment.aggregation,
-        agreement=experiment.agreement,
-        total=total.to_bytes(),
-    )
-    reasons = []
-    for member in members:
-        match dict(cohort.ask(decrypt, [member]))[member]:
-            case DecryptResult(total=vector) if vector.shape == (total.length,) and bool(
-                torch.isfinite(vector).all()
-            ):
-                return vector
+def _exchange(
+    experiment: Experiment, cohort: Cohort, request: Request, task: TrainTask | EvaluateTask, noted: _Revealing
+) -> None:  # fmt: skip
+    """Ask one exchange."""
+    tasks: dict[bytes, ExchangeTask] = {}  # one object for all that are asked the same
+    for content in request.contents.values():
+        tasks[content] = ExchangeTask(
+            run=task.run,
+            round=task.round,
+            aggregation=experiment.aggregation,
+            agreement=experiment.agreement,
+            exchange=request.exchange,
+            content=content,
+            sum_of="updates" if isinstance(task, TrainTask) else "metrics",
+        )
+    noted.bytes += sum(map(len, request.contents.values()))
+    for member, reply in cohort.ask({member: tasks[content] for member, content in request.contents.items()}):
+        match reply:
+            case ExchangeResult(content=content):
+                if request.exchange == "masked":
+                    noted.bytes_up += len(content)
+                else:
+                    noted.bytes += len(content)
+                try:
+                    request.receive(member, content)
+                except AggregationError as error:
+                    noted.reasons[member] = str(error)
             case Refusal(reason=reason) | Failure(reason=reason):
-                reasons.append(f"device {member}: {reason}")
+                noted.reasons[member] = reason
             case _:
-                reasons.append(f"device {member}: decrypted something else")
-    raise FederationError(
-        f"round {task.round}: no device decrypted the sum ({'; '.join(reasons)}); resume to try again"
-    )
+                noted.reasons[member] = "replied to another task"

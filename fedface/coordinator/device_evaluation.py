@@ -6,15 +6,15 @@ trusted, does it see each device's mean and add the noise to their sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedface.audits.dp_metric_estimates import estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig
-from fedface.coordinator.aggregate import collect_and_sum, noised_sum
+from fedface.coordinator.aggregate import SumListener, collect_and_sum, noised_sum
 from fedface.coordinator.requests import evaluation_request
 from fedface.coordinator.rounds import ProgressListener, WithdrawalHandler, participants
-from fedface.coordinator.run_state import RunState
+from fedface.coordinator.run_state import RunState, sums_folder
 from fedface.experiment import Experiment
 from fedface.measurements import Epsilon, NotMeasured
 from fedface.messages.cohort import Cohort
@@ -70,15 +70,13 @@ def request_metrics(
     evaluation: Evaluation,
     cohort: Cohort,
     members: Sequence[int],
-    on_progress: Callable[[int], None],
-    on_withdrawal: Callable[[Mapping[int, str]], None],
+    listener: SumListener,
 ) -> DeviceMetricsRecord:
     """Have every member evaluate a model on its own photos.
 
     Args:
         experiment: Gives the degradation, the upsampling method and the aggregation protocol.
         evaluation: The request.
-        on_withdrawal: Called with the members whose owners have withdrawn, and their names.
 
     Raises:
         FederationError: Too few usable replies, or no device could decrypt the sum.
@@ -86,7 +84,7 @@ def request_metrics(
     """
     dp, task = evaluation.dp, evaluation.task(experiment, len(members))
     ranges = task.request.ranges()
-    round_sum = collect_and_sum(experiment, cohort, members, task, len(ranges), on_progress, on_withdrawal)
+    round_sum = collect_and_sum(experiment, cohort, members, task, len(ranges), listener)
     return DeviceMetricsRecord(
         when=evaluation.name,
         weights_hash=task.model,
@@ -149,6 +147,10 @@ def evaluate_on_devices(
             holdout_fraction=config.holdout_fraction,
         )
         handler = WithdrawalHandler(state, plan, withdrawn)
-        record = request_metrics(experiment, evaluation, cohort, members, progress.advance, handler.drop)
+        listener = SumListener(
+            progress=progress.advance, withdrawn=handler.drop, folder=sums_folder(state.folder)
+        )
+        record = request_metrics(experiment, evaluation, cohort, members, listener)
         state = handler.state.with_device_metrics(record)
+        listener.forget("metrics", number)
     return state

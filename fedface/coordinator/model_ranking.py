@@ -19,9 +19,11 @@ from fedface.audits.dp_metric_estimates import DPMetricEstimates
 from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_group
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import dumps, encode, load
+from fedface.coordinator.aggregate import SumListener
 from fedface.coordinator.device_evaluation import Evaluation, request_metrics
 from fedface.coordinator.requests import evaluation_request
 from fedface.coordinator.rounds import ProgressListener, participants
+from fedface.coordinator.run_state import sums_folder
 from fedface.errors import ConfigError, FederationError, RunError
 from fedface.experiment import EvaluationConfig, Experiment, metrics_dp_parameters, ranking_name
 from fedface.messages.cohort import Cohort
@@ -155,12 +157,14 @@ def run_ranking(
         )
         requested = participants(experiment, cohort, number, withdrawn)
         progress.stage(f"devices evaluate candidate {number} of {len(models)}", len(requested))
-        metrics = request_metrics(
-            experiment, evaluation, cohort, requested, progress.advance, withdrawn.update
+        listener = SumListener(
+            progress=progress.advance, withdrawn=withdrawn.update, folder=sums_folder(folder)
         )
+        metrics = request_metrics(experiment, evaluation, cohort, requested, listener)
         # A ranking stores no names of devices, so a withdrawal has none to remove.
         state = replace(state, records={**state.records, name: replace(metrics, participants=())})
         replace_text(path, dumps(state))
+        listener.forget("metrics", number)
     trusted = (
         "The server is trusted: it receives each device's metrics without noise, adds the noise to "
         "their sum, and could "

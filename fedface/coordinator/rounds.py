@@ -14,9 +14,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from fedface.coordinator.aggregate import RoundSum, collect_and_sum, noised_sum
+from fedface.coordinator.aggregate import RoundSum, SumListener, collect_and_sum, noised_sum
 from fedface.coordinator.requests import round_config
-from fedface.coordinator.run_state import RunState, weights_path
+from fedface.coordinator.run_state import RunState, sums_folder, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.errors import WeightsError
 from fedface.experiment import Experiment
@@ -84,9 +84,10 @@ def run_rounds(
         work = prepare_round(model, experiment.training, plan.dp_parameters, streams)
         ranges = work.ranges()
         handler = WithdrawalHandler(state, plan, withdrawn)
-        round_sum = collect_and_sum(
-            experiment, cohort, members, task, len(ranges), progress.advance, handler.drop
+        listener = SumListener(
+            progress=progress.advance, withdrawn=handler.drop, folder=sums_folder(state.folder)
         )
+        round_sum = collect_and_sum(experiment, cohort, members, task, len(ranges), listener)
         update = noised_sum(round_sum.total, plan.dp_parameters) * ranges
         after = work.apply(update, round_sum.count, Streams(experiment.seed).generator("mean style"))
         after = replace(after, notes={"run": state.folder.name, "round": number})
@@ -98,6 +99,7 @@ def run_rounds(
         path = weights_path(state.folder, number)
         path.unlink(missing_ok=True)  # what an interrupted round left, and may be cut
         save_model(path, after)
+        listener.forget("updates", number)
         state = _with_metrics(state, experiment, reference, after)
         progress.message(_summary(record, total, with_metrics=plan.evaluation is not None))
         for missing in (*record.refusals, *record.dropped):

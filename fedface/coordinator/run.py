@@ -63,6 +63,8 @@ from fedface.upsampling.methods import BASELINES, is_deterministic, title_of
 MIN_FACES = 40  # on each side of a comparison of samples with faces
 TONE_SAMPLES = 512  # samples whose tones are counted
 
+MAX_COST_DEVICES = 20  # with whose sum the costs of the protocols are measured
+
 
 def initialize_run(experiment: Experiment, folder: Path) -> None:
     """Create a run's folder: the experiment, the base weights, an empty state.
@@ -246,7 +248,10 @@ def _audit(
         / work.ranges()
     )
     costs = aggregation_costs(
-        update.clamp(-1, 1), experiment.aggregation, experiment.agreement, max(2, experiment.devices.count)
+        update.clamp(-1, 1),
+        experiment.aggregation,
+        experiment.agreement,
+        min(max(2, experiment.devices.count), MAX_COST_DEVICES),
     )
     progress.advance(1)
     rng = Streams(experiment.seed)

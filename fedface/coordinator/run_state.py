@@ -21,6 +21,11 @@ def weights_path(folder: Path, round: int) -> Path:
     return folder / "rounds" / f"{round:03d}.safetensors"
 
 
+def sums_folder(folder: Path) -> Path:
+    """Where sums that are under way are stored."""
+    return folder / "sums"
+
+
 @dataclass(frozen=True)
 class RunState:
     """The state of a run on disk."""

@@ -12,15 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import nn
 
-from fedface.aggregation.homomorphic import make_device, make_keys, make_server
 from fedface.aggregation.payload import (
     AggregationConfig,
     AggregationParameters,
     HomomorphicConfig,
+    MaskedConfig,
     PlainConfig,
+    SumContext,
 )
+from fedface.aggregation.protocols import DeviceKeys, device_sum, make_keys, server_sum
+from fedface.aggregation.rehearsal import rehearse
 from fedface.audits.bias import DARKER_FROM, measure_bias
 from fedface.audits.feature_distances import face_distance
 from fedface.audits.gradient_inversion import (
@@ -224,36 +228,38 @@ def audit_update_leakage(
 def aggregation_costs(
     update: Vector, config: AggregationConfig, agreement: AggregationParameters, devices: int
 ) -> list[AggregationRecord]:
-    """Sum this update with itself under both protocols, for so many devices, at most `MAX_SUMMED`."""
-    devices = min(devices, MAX_SUMMED)
-    encrypted = config if isinstance(config, HomomorphicConfig) else HomomorphicConfig()
-    hidden = "any device with the shared key; the server reads only the sum"
-    return [
-        _cost(PlainConfig(), "the server reads every update", update, agreement, devices),
-        _cost(encrypted, hidden, update, agreement, devices),
+    """Sum this update with itself under each protocol, for so many devices."""
+    one_key = "any device with the shared key; the server reads only the sum"
+    no_one = "no one, unless more devices than the sum tolerates collude with the server"
+    configs: list[tuple[AggregationConfig, str]] = [
+        (PlainConfig(), "the server reads every update"),
+        (config if isinstance(config, MaskedConfig) else MaskedConfig(), no_one),
+        (config if isinstance(config, HomomorphicConfig) else HomomorphicConfig(), one_key),
     ]
+    return [_cost(each, sees, update, agreement, devices) for each, sees in configs]
 
 
 def _cost(
     config: AggregationConfig, sees: str, update: Vector, agreement: AggregationParameters, devices: int
 ) -> AggregationRecord:
-    device = make_device(config, agreement, make_keys(config, agreement))
-    server = make_server(config, agreement)
-    started = time.perf_counter()
-    payloads = [device.protect(update, 1) for _ in range(devices)]
-    protected = time.perf_counter()
-    total = server.combine(payloads)
-    combined = time.perf_counter()
-    opened = device.reveal(total)
-    revealed = time.perf_counter()
+    context = SumContext(run="costs", round=1, sum_of="updates", model="", terms="")
+    shared = make_keys(config, agreement)
+    members = {
+        member: device_sum(
+            config, agreement, DeviceKeys(signing=Ed25519PrivateKey.generate(), shared=shared), context
+        )
+        for member in range(devices)
+    }
+    done = rehearse(
+        server_sum(config, agreement, context, len(update)), members, lambda member: update, context.round
+    )
     return AggregationRecord(
         protocol=config.kind,
         sees=sees,
-        bytes_per_device=payloads[0].nbytes,
-        seconds_protect=(protected - started) / devices,
-        seconds_combine=combined - protected,
-        seconds_reveal=revealed - combined,
-        max_error=float((opened - devices * update).abs().max()),
+        bytes_per_device=round(done.bytes_up),
+        seconds_device=done.seconds_device,
+        seconds_server=done.seconds_server,
+        max_error=float((done.result.total - devices * update).abs().max()),
         count=devices,
     )
 

@@ -14,20 +14,25 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cached_property
+from typing import Protocol, get_args
 
 import torch
 
-from fedface.aggregation.homomorphic import HomomorphicKeys, make_device
+from fedface.aggregation.homomorphic import HomomorphicKeys
 from fedface.aggregation.payload import (
-    Aggregation,
     AggregationConfig,
     AggregationParameters,
+    Exchange,
     HomomorphicConfig,
+    MaskedConfig,
     Payload,
     PlainConfig,
+    SumContext,
     fewest_summed,
 )
+from fedface.aggregation.protocols import DeviceKeys, device_sum
+from fedface.aggregation.sums import DeviceSum
 from fedface.atomic_io import one_at_a_time
 from fedface.codec import encode
 from fedface.device.device import Device
@@ -35,24 +40,23 @@ from fedface.device.local_metrics import check_request, compute_local_metrics
 from fedface.device.reply_time import MARGIN, ReplyTime, photos_per_step, reading_seconds
 from fedface.errors import (
     ConfigError,
-    FederationError,
     LedgerError,
     PolicyRefusal,
     PrivacyError,
     WeightsError,
 )
 from fedface.messages.messages import (
-    DecryptResult,
-    DecryptTask,
     EvaluateResult,
     EvaluateTask,
+    ExchangeResult,
+    ExchangeTask,
     Refusal,
     Reply,
     Task,
     TrainResult,
     TrainTask,
     protection_of,
-    vector_bytes,
+    sum_context,
 )
 from fedface.models.checkpoint import model_from_vectors, weights_hash
 from fedface.models.model import Architecture, Model
@@ -82,6 +86,7 @@ class ComputationFactory(Protocol):
         """In a rehearsal every failure is an error: a photo that fails sooner would make it too short."""
 
 
+MASKED = "masked: only the sum over several devices can be read"
 FAILED = b"failed"  # stored in place of a payload for a round that failed
 
 
@@ -124,8 +129,8 @@ def _handle(task: Task, device: Device, ledger: Ledger, leaves: ReplyTime) -> Re
                 reply, entry = _train(task, device, ledger, leaves)
             case EvaluateTask():
                 reply, entry = _evaluate(task, device, ledger, leaves)
-            case DecryptTask():
-                reply = _reveal(task, device, ledger)
+            case ExchangeTask():
+                reply, entry = _exchange(task, device, ledger)
     except PolicyRefusal as refusal:
         if isinstance(refusal, ConditionsNotMet):
             # The owner's log has the full reason, the server's copy does not.
@@ -134,7 +139,7 @@ def _handle(task: Task, device: Device, ledger: Ledger, leaves: ReplyTime) -> Re
     try:
         return _recorded(reply, task, device, ledger, entry)
     except PolicyRefusal:  # the owner withdrew during the computation: delete the stored reply too
-        if not isinstance(task, DecryptTask):
+        if not isinstance(task, ExchangeTask):
             ledger.delete_replies(task.ledger_key)
         return _recorded(_withdrawn(device), task, device, ledger, entry=None)
 
@@ -146,18 +151,26 @@ def _withdrawn(device: Device) -> Refusal:
 def _recorded(reply: Reply, task: Task, device: Device, ledger: Ledger, entry: LedgerEntry | None) -> Reply:
     """The reply, after its transmission was recorded on disk."""
     kind: TransmissionKind
+    nothing = "contains nothing about a photo"
     match reply:
+        case TrainResult(payload=payload) | EvaluateResult(payload=payload) if entry is None:
+            kind, protection = "exchange", nothing  # keys, before a masked vector
         case TrainResult(payload=payload):
             kind, protection = "update", protection_of(task)
         case EvaluateResult(payload=payload):
             kind, protection = "metrics", protection_of(task)
-        case DecryptResult(total=total):
-            payload = vector_bytes(total)
-            of_metrics = isinstance(task, DecryptTask) and task.sum_of == "metrics"
-            kind = "metrics sum" if of_metrics else "update sum"
-            protection = "the sum over several devices, not one of them"
+        case ExchangeResult(content=payload):
+            assert isinstance(task, ExchangeTask)
+            updates = task.sum_of == "updates"
+            if task.exchange == "decrypt":
+                kind = "update sum" if updates else "metrics sum"
+                protection = "the sum over several devices, not one of them"
+            elif entry is not None:
+                kind, protection = "update" if updates else "metrics", MASKED
+            else:
+                kind, protection = "exchange", nothing
         case Refusal(reason=reason):
-            kind, payload, protection = "refusal", reason.encode(), "contains nothing about a photo"
+            kind, payload, protection = "refusal", reason.encode(), nothing
     info = TransmissionInfo(
         run=task.run,
         round=task.round,
@@ -166,6 +179,7 @@ def _recorded(reply: Reply, task: Task, device: Device, ledger: Ledger, entry: L
         protection=protection,
         entry=None if entry is None else entry.number,
         reason=reply.reason if isinstance(reply, Refusal) else "",
+        masked=isinstance(reply, ExchangeResult) and entry is not None,
     )
     ledger.record_transmission(payload, info)
     return reply
@@ -322,15 +336,26 @@ class _ReleaseTransaction:
                 closed = "this round failed on this device and is closed"
                 return Refusal(device=device.name, reason=closed), None
             answer = TrainResult if isinstance(task, TrainTask) else EvaluateResult
-            return answer(device=device.name, payload=stored, seconds_protect=0.0), entry
+            payload, covering = self._opening(stored, entry)
+            return answer(device=device.name, payload=payload, seconds_protect=0.0), covering
         device.policy.admit(task.releases, purpose, ledger, run=task.ledger_key, round=task.round)
         device.ready()
         if isinstance(mechanism := self.terms.mechanism(), GaussianSum):
             check_mechanism(mechanism, SecretNoise())
         return None
 
-    def release(self, computation: ComputationFactory, size: int) -> tuple[bytes, float, LedgerEntry]:
-        """Record, compute and store; returns the payload, the seconds of `protect`, and the ledger entry.
+    @cached_property
+    def _sums(self) -> DeviceSum:
+        context = sum_context(self.task)
+        return _device_sum(self.aggregation, self.agreement, self.device, context=context, dp=self.terms)
+
+    def _opening(self, stored: bytes, entry: LedgerEntry) -> tuple[bytes, LedgerEntry | None]:
+        """What is sent first, and the entry that covers it: none where the vector itself follows later, masked."""
+        payload = self._sums.opening(Payload.from_bytes(stored)).to_bytes()
+        return payload, None if isinstance(self.aggregation, MaskedConfig) else entry
+
+    def release(self, computation: ComputationFactory, size: int) -> tuple[bytes, float, LedgerEntry | None]:
+        """Record, compute and store; returns what is sent, the seconds of `protect`, and the entry that covers it.
 
         After photos are opened, every error is answered as by a device without photos: with noise alone. An error, its
         type or a missing reply could depend on a photo's content, which no epsilon accounts for. An error on a single
@@ -344,7 +369,7 @@ class _ReleaseTransaction:
         """
         task, device, ledger = self.task, self.device, self.ledger
         compute = computation(self.terms)
-        sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
+        sums = self._sums
         announced = self._announced(computation, sums, size)
         # Record before reading a photo: a crash from here on may waste budget but never overspend it.
         entry = device.policy.record(
@@ -375,7 +400,8 @@ class _ReleaseTransaction:
                 log.warning("this round took longer than announced; replies of this run leave later")
                 ledger.store_work_seconds(task.ledger_key, used)
         ledger.store_reply(task.ledger_key, task.round, payload, attempt=entry.attempt)
-        return payload, seconds, entry
+        sent, covering = self._opening(payload, entry)
+        return sent, seconds, covering
 
     def _chosen(self, own: DeviceDataset) -> DeviceDataset:
         """The faces that this release may use: for training those that are not held out, else those that are."""
@@ -384,7 +410,7 @@ class _ReleaseTransaction:
         training, held_out = own.split(self.holdout_fraction, self.terms.unit)
         return held_out if isinstance(self.task, EvaluateTask) else training
 
-    def _announced(self, computation: ComputationFactory, sums: Aggregation, size: int) -> float:
+    def _announced(self, computation: ComputationFactory, sums: DeviceSum, size: int) -> float:
         """The seconds after which this reply leaves, from one step on grey images; 0 where no time matters.
 
         Each round is rehearsed with its own weights: they may decide how fast a network is. Faces of `max_photos`
@@ -465,28 +491,47 @@ def _recipe(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _reveal(task: DecryptTask, device: Device, ledger: Ledger) -> Reply:
-    device.policy.check_decryption(task.aggregation.kind)
-    if not ledger.is_recorded(task.ledger_key, task.round):
-        return Refusal(
-            device=device.name,
-            reason=f"this device did not take part in round {task.round} of {task.run}, so it does not decrypt its sum",
+def _exchange(task: ExchangeTask, device: Device, ledger: Ledger) -> tuple[Reply, LedgerEntry | None]:
+    """The answer to one exchange of a sum, and the entry that covers it if it contains this device's vector."""
+    device.policy.check_exchange(task.aggregation.kind)
+    key = task.ledger_key
+    if not ledger.is_recorded(key, task.round):
+        reason = (
+            f"this device did not take part in round {task.round} of {task.run}, so it has no part in its sum"
         )
-    config = task.aggregation
-    if isinstance(config, HomomorphicConfig):
-        # The owner's policy sets a lower bound on the updates in a sum, independent of the server's task.
-        fewest = max(config.min_devices, device.policy.min_cohort_size)
-        config = replace(config, min_devices=fewest)
-    sums = make_device(config, task.agreement, _key(config, device))
-    total = Payload.from_bytes(task.total)
-    if total.round != task.round:
-        raise FederationError(f"expected the sum of round {task.round}, got that of round {total.round}")
-    return DecryptResult(device=device.name, total=sums.reveal(total))
+        return Refusal(device=device.name, reason=reason), None
+    reply = ledger.load_reply(key, task.round)
+    stored = None if reply in (None, FAILED) else Payload.from_bytes(reply)
+    sums = _device_sum(task.aggregation, task.agreement, device)
+    requests = {**_known(ledger, key, task.round), task.exchange: task.content}
+    answer = sums.answer(task.exchange, requests, stored)
+    # Stored before anything leaves: two answers could reveal the difference of two sums.
+    ledger.fix_request(key, task.round, task.exchange, task.content)
+    covering = ledger.entry_of_reply(key, task.round) if task.exchange == "masked" else None
+    return ExchangeResult(device=device.name, content=answer), covering
 
 
-def _key(config: AggregationConfig, device: Device) -> HomomorphicKeys | None:
+def _known(ledger: Ledger, key: str, round: int) -> dict[Exchange, bytes]:
+    stored = ledger.requests(key, round)
+    return {exchange: stored[exchange] for exchange in get_args(Exchange) if exchange in stored}
+
+
+def _device_sum(
+    config: AggregationConfig,
+    agreement: AggregationParameters,
+    device: Device,
+    *,
+    context: SumContext | None = None,
+    dp: DPParameters | None = None,
+) -> DeviceSum:
+    """The owner's policy sets a lower bound on the updates in a sum, independent of the server's task."""
+    keys = DeviceKeys()
     match config:
         case PlainConfig():
-            return None
+            pass
+        case MaskedConfig():
+            keys = DeviceKeys(signing=device.signing_key())
         case HomomorphicConfig():
-            return HomomorphicKeys.load(device.key_path)
+            keys = DeviceKeys(shared=HomomorphicKeys.load(device.key_path))
+    fewest = device.policy.min_cohort_size
+    return device_sum(config, agreement, keys, context, smallest_cohort=fewest, dp=dp)

@@ -26,6 +26,7 @@ EXAMPLE = Path(__file__).with_name("device.example.yaml")
 
 # In the state folder:
 LEDGER_FILE = "ledger.sqlite"  # the record of privacy losses, transmissions and withdrawals for all runs
+SIGNING_KEY_FILE = "signing.key"  # signs this device's part in masked sums
 KEY_FILE = "sum.key"  # the key that the devices of a run share and the server does not have
 PLANS_FOLDER = "plans"  # the run plans that the owner has admitted
 INDEX_REGISTRY = "indexes.json"  # paths of the indexes of this device's photos

@@ -9,19 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedface.atomic_io import create_bytes
 from fedface.device.config import (
     KEY_FILE,
     LEDGER_FILE,
     PAUSED_FILE,
     PLANS_FOLDER,
+    SIGNING_KEY_FILE,
     DeviceConfig,
     check_state_folder,
     missing_policy_folders,
     read_device_config,
     register_index,
 )
-from fedface.errors import LibraryError
+from fedface.errors import AggregationError, LibraryError
 from fedface.messages.run_plan import AdmittedPlans
 from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
 from fedface.photos.device_dataset import DeviceDataset
@@ -63,6 +66,22 @@ class Device:
     def key_path(self) -> Path:
         """The key that the devices of a run share and the server does not have."""
         return self.state / KEY_FILE
+
+    def signing_key(self) -> Ed25519PrivateKey:
+        """The key with which this device signs its part in masked sums; generated where there is none.
+
+        Raises:
+            AggregationError: The file is not such a key.
+        """
+        path = self.state / SIGNING_KEY_FILE
+        if not path.exists():
+            create_bytes(path, Ed25519PrivateKey.generate().private_bytes_raw())
+        try:
+            return Ed25519PrivateKey.from_private_bytes(path.read_bytes())
+        except ValueError as error:
+            raise AggregationError(
+                f"{path}: expected a private key of 32 bytes; restore or delete it"
+            ) from error
 
     def check_not_paused(self) -> None:
         """Raise ConditionsNotMet while the owner has paused this device."""

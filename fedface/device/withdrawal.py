@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedface.device.config import INDEX_REGISTRY
+from fedface.device.config import INDEX_REGISTRY, SIGNING_KEY_FILE
 from fedface.device.state import DeviceState, known_runs
 from fedface.errors import ConfigError, LedgerError
 from fedface.measurements import Epsilon
@@ -182,7 +182,10 @@ def files_to_erase(state: DeviceState, *, ledger: bool) -> list[FileToErase]:
         ConfigError: One of them is a symbolic link. Deleting it would leave its target, which may be shared, such as a
             key of several devices.
     """
-    going = [FileToErase(file=state.key_path, what="the shared key")]
+    going = [
+        FileToErase(file=state.key_path, what="the shared key"),
+        FileToErase(file=state.config.state / SIGNING_KEY_FILE, what="the signing key"),
+    ]
     for place in state.indexes:
         where = f"in {state.config.photos}" if place == state.index else "in an earlier folder"
         going += [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from fedface.messages.messages import Failure, Reply, Task
@@ -18,5 +18,5 @@ class Cohort(Protocol):
             FederationError: They did not connect in time.
         """
 
-    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
-        """Send one task to some devices; their numbers and replies as they arrive, one per member, none missing."""
+    def ask(self, tasks: Mapping[int, Task]) -> Iterator[tuple[int, Reply | Failure]]:
+        """Send tasks of one kind to devices; their numbers and replies as they arrive, one per task, none missing."""

@@ -5,15 +5,25 @@ Nothing here is executable and nothing is trusted: the receiver checks every par
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 
-from fedface.aggregation.payload import AggregationConfig, AggregationParameters, HomomorphicConfig
+from fedface.aggregation.payload import (
+    AggregationConfig,
+    AggregationParameters,
+    Exchange,
+    HomomorphicConfig,
+    MaskedConfig,
+    PlainConfig,
+    SumContext,
+    SumOf,
+)
 from fedface.audits.dp_metrics import LocalMetricsConfig, ranges
 from fedface.codec import encode
 from fedface.models.model import Architecture
@@ -159,17 +169,18 @@ class EvaluateTask:
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class DecryptTask:
-    """Decrypt this sum, which needs the shared key. The sum is public once decrypted."""
+class ExchangeTask:
+    """One exchange of a sum that this device has a part in, see `aggregation/sums.py`."""
 
-    kind: ClassVar[str] = "decrypt"
+    kind: ClassVar[str] = "exchange"
 
     run: RunName
     round: Count
     aggregation: AggregationConfig
     agreement: AggregationParameters
-    total: bytes  # a payload
-    sum_of: Literal["updates", "metrics"] = "updates"
+    exchange: Exchange
+    content: bytes  # what is asked, a payload
+    sum_of: SumOf = "updates"
 
     @property
     def ledger_key(self) -> str:
@@ -177,7 +188,7 @@ class DecryptTask:
         return self.run if self.sum_of == "updates" else metrics_ledger_key(self.run)
 
 
-Task = TrainTask | EvaluateTask | DecryptTask
+Task = TrainTask | EvaluateTask | ExchangeTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,13 +217,13 @@ class EvaluateResult:
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class DecryptResult:
-    """A decrypted sum."""
+class ExchangeResult:
+    """The answer to one exchange of a sum."""
 
-    kind: ClassVar[str] = "decrypt-result"
+    kind: ClassVar[str] = "exchange-result"
 
     device: Name
-    total: Vector
+    content: bytes  # a decrypted sum as `vector_bytes`, or a payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +238,7 @@ class Refusal:
     withdrawn: bool = False  # the owner has withdrawn from this run; the server must delete the device's name
 
 
-Reply = TrainResult | EvaluateResult | DecryptResult | Refusal
+Reply = TrainResult | EvaluateResult | ExchangeResult | Refusal
 
 
 @dataclass(frozen=True)
@@ -249,12 +260,30 @@ def to_message(content: Task | Reply) -> Message:
     return Message(json.dumps({"version": VERSION} | encode(content, leave_out=blobs)), blobs)
 
 
+def sum_context(task: TrainTask | EvaluateTask) -> SumContext:
+    """What the sum of the replies to a task is of: the same for every device that was asked the same."""
+    asked = task.config if isinstance(task, TrainTask) else task.request
+    public = (
+        encode(asked),
+        encode(task.releases),
+        task.seed,
+        hashlib.sha256(vector_bytes(task.buffers)).hexdigest(),
+    )
+    return SumContext(
+        run=task.run,
+        round=task.round,
+        sum_of="updates" if isinstance(task, TrainTask) else "metrics",
+        model=task.model,
+        terms=hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest(),
+    )
+
+
 def protection_of(task: Task) -> str:
     """How the reply to a task is protected, for the device's owner."""
     match task:
         case TrainTask(config=config) | EvaluateTask(request=config):
             dp, aggregation = config.dp, config.aggregation
-        case DecryptTask():
+        case ExchangeTask():
             return ""
     if not dp.is_private:
         noise = "no noise"
@@ -269,10 +298,13 @@ def protection_of(task: Task) -> str:
         )
     else:
         noise = f"noise added here (multiplier {dp.noise_multiplier:.3g}), a privacy guarantee per {dp.unit}"
-    hidden = isinstance(aggregation, HomomorphicConfig)
-    return f"{noise}; " + (
-        "encrypted, only the sum over devices is decrypted" if hidden else "not encrypted: the server sees it"
-    )
+    match aggregation:
+        case PlainConfig():
+            return f"{noise}; not encrypted: the server sees it"
+        case HomomorphicConfig():
+            return f"{noise}; encrypted, only the sum over devices is decrypted"
+        case MaskedConfig():
+            return f"{noise}; masked, only the sum over devices can be read"
 
 
 def vector_bytes(vector: Vector) -> bytes:

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedface.codec import CodecError, encode, loads
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.messages.messages import (
-    DecryptTask,
     EvaluateTask,
     EvaluationRequest,
+    ExchangeTask,
     Name,
     RoundConfig,
     Task,
@@ -77,17 +77,17 @@ class RunPlan:
     def difference(self, task: Task) -> str:
         """Where a task differs from this plan, such as "dp.noise_multiplier"; empty if it is one of its requests."""
         parts: Sequence[RoundConfig | EvaluationRequest] = self.evaluations
-        if isinstance(task, TrainTask) or (isinstance(task, DecryptTask) and task.sum_of == "updates"):
+        if isinstance(task, TrainTask) or (isinstance(task, ExchangeTask) and task.sum_of == "updates"):
             parts = [] if self.training is None else [self.training]
         differences = [self._difference(task, part) for part in parts]
         if "" in differences:
             return ""
-        return differences[0] if differences else task.sum_of if isinstance(task, DecryptTask) else task.kind
+        return differences[0] if differences else task.sum_of if isinstance(task, ExchangeTask) else task.kind
 
     def _difference(self, task: Task, part: RoundConfig | EvaluationRequest) -> str:
         requested: dict[str, object]
         expected: dict[str, object]
-        if isinstance(task, DecryptTask):
+        if isinstance(task, ExchangeTask):
             requested = {"aggregation": task.aggregation, "agreement": task.agreement}
             expected = {"aggregation": part.aggregation, "agreement": part.agreement}
         else:

@@ -61,6 +61,10 @@ FREE_ATTEMPTS = 3  # computations that may begin on one entry before a reply is 
 FREE_RETRIES = 6  # computations of a run that may begin beside the first of each entry
 
 _REPLIES = "CREATE TABLE replies (record INTEGER PRIMARY KEY, run TEXT NOT NULL, body BLOB NOT NULL)"
+_EXCHANGES = (
+    "CREATE TABLE exchanges (run TEXT NOT NULL, round INTEGER NOT NULL, exchange TEXT NOT NULL, request BLOB NOT NULL, "
+    "PRIMARY KEY (run, round, exchange))"
+)
 _WORK = "CREATE TABLE work (run TEXT PRIMARY KEY, seconds REAL NOT NULL)"
 
 
@@ -142,7 +146,9 @@ class Ledger:
             LedgerError: The file is damaged, of another format, was rolled back or replaced, or has gone while its head
                 remains; or its witness is missing.
         """
-        return Ledger(Chain.open(Path(path), witness=witness, now=now, tables=[_REPLIES, _WORK]), now)
+        return Ledger(
+            Chain.open(Path(path), witness=witness, now=now, tables=[_REPLIES, _EXCHANGES, _WORK]), now
+        )
 
     def close(self) -> None:
         """End the session and close the file."""
@@ -467,12 +473,14 @@ class Ledger:
                 StoredReply.KIND, {"payload_digest": _sha256(body)}, entry=entries[number - 1].number
             )
             page.sql.execute("DELETE FROM replies WHERE run = ?", (run,))
+            page.sql.execute("DELETE FROM exchanges WHERE run = ?", (run,))
             page.sql.execute("INSERT INTO replies VALUES (?, ?, ?)", (reply.number, run, body))
             # A server that names a new run each time must not fill the disk.
             page.sql.execute(
                 "DELETE FROM replies WHERE record NOT IN (SELECT record FROM replies ORDER BY record DESC LIMIT ?)",
                 (CACHED_REPLIES,),
             )
+            page.sql.execute("DELETE FROM exchanges WHERE run NOT IN (SELECT run FROM replies)")
 
     def load_reply(self, run: str, round: int) -> bytes | None:
         """The stored reply to this round; None if there is none or its bytes were deleted since."""
@@ -490,7 +498,41 @@ class Ledger:
         """
         with self._chain.write_transaction() as page:
             where = f" WHERE run IN ({', '.join('?' * len(runs))})" if runs else ""
+            page.sql.execute(f"DELETE FROM exchanges{where}", runs)
             return page.sql.execute(f"DELETE FROM replies{where}", runs).rowcount
+
+    def entry_of_reply(self, run: str, round: int) -> LedgerEntry | None:
+        """The release whose reply to this round is stored; None if there is none."""
+        with self._chain.read_transaction() as page:
+            reply = self._cached_reply(page, run, round)
+        return None if reply is None else reply[0]
+
+    def requests(self, run: str, round: int) -> dict[str, bytes]:
+        """What was asked in each exchange of the sum of this round, see `fix_request`."""
+        with self._chain.read_transaction() as page:
+            rows = page.sql.execute(
+                "SELECT exchange, request FROM exchanges WHERE run = ? AND round = ?", (run, round)
+            ).fetchall()
+        return {exchange: bytes(request) for exchange, request in rows}
+
+    def fix_request(self, run: str, round: int, exchange: str, request: bytes) -> None:
+        """Store what was asked in an exchange of a sum; on disk when this returns, then answer it.
+
+        Raises:
+            PolicyRefusal: Something else was asked before: two answers could reveal what no sum may.
+        """
+        with self._chain.write_transaction() as page:
+            page.sql.execute(
+                "INSERT OR IGNORE INTO exchanges VALUES (?, ?, ?, ?)", (run, round, exchange, request)
+            )
+            (fixed,) = page.sql.execute(
+                "SELECT request FROM exchanges WHERE run = ? AND round = ? AND exchange = ?",
+                (run, round, exchange),
+            ).fetchone()
+        if bytes(fixed) != request:
+            raise PolicyRefusal(
+                f"the sum of round {round} of {run} was asked for with other devices before; it is answered once"
+            )
 
     def store_work_seconds(self, run: str, seconds: float) -> None:
         """Store how long a round of a run takes at most, as measured without photos; not part of the record."""
@@ -554,7 +596,7 @@ class Ledger:
                 f"entry {info.entry} of the ledger does not cover round {info.round} of {info.run}"
             )
         reply = self._stored_reply(page, [entry])
-        if reply is None or reply.payload_digest != digest:
+        if reply is None or (reply.payload_digest != digest and not info.masked):
             raise LedgerError(f"entry {info.entry} of the ledger has another reply than this payload")
 
     def withdraw(self, run: str, reason: str = "") -> Withdrawal:

@@ -35,7 +35,8 @@ def is_run_name(key: str) -> bool:
     return not key.endswith(_METRICS)
 
 
-TransmissionKind = Literal["update", "metrics", "update sum", "metrics sum", "refusal"]
+# An exchange of a sum has keys, shares of masks and signatures.
+TransmissionKind = Literal["update", "metrics", "update sum", "metrics sum", "exchange", "refusal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,7 @@ class TransmissionInfo:
     # Number of the LedgerEntry that covers it; None where it contains nothing of a photo
     entry: int | None = None
     reason: str = ""  # why a refusal was given
+    masked: bool = False  # the entry's reply was not sent as it is stored, but under masks
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(TransmissionKind):

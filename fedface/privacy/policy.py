@@ -37,7 +37,7 @@ COOLDOWN = timedelta(minutes=15)  # after a computation began, where the policy 
 EVALUATION = "evaluation"  # the objective of a task that only measures
 LEAST_RATE = 10  # times delta: a smaller sampling rate lets delta cover the disclosure of those that join
 LARGE_DELTA = 1e-2  # above it, the probability that the bound does not hold must be stated
-PROTOCOLS = ("homomorphic", "plain")  # the kinds of aggregation that there are
+PROTOCOLS = ("masked", "homomorphic", "plain")  # the kinds of aggregation that there are
 OWN_METADATA = ("unit", "neighbours", "sampler", "noise")  # marks that follow from the terms alone
 
 
@@ -78,7 +78,7 @@ class DevicePolicy:
     periods: tuple[Period, ...] = ()  # further budgets, for any so many days
     objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
     evaluation: bool = False  # may this device compute metrics on its photos, with noise?
-    protocols: tuple[str, ...] = ("homomorphic",)  # how updates may be sent
+    protocols: tuple[str, ...] = ("masked", "homomorphic")  # how updates may be sent
     min_cohort_size: Annotated[int, AtLeast(1)] = 2  # fewest devices whose updates are summed
     trust_server: bool = False  # may runs take part whose noise the server adds?
     # Of the devices in a sum, how many are trusted to add their shares of distributed noise and to keep them secret?
@@ -195,8 +195,8 @@ class DevicePolicy:
         self._admit_honest(dp, purpose)
         replace(self.conditions, max_load=None).check(here)  # a stored reply costs no work
 
-    def check_decryption(self, protocol: str, *, environment: Environment | None = None) -> None:
-        """Return if this device may decrypt a sum that it has a part in; no photo is read for that.
+    def check_exchange(self, protocol: str, *, environment: Environment | None = None) -> None:
+        """Return if this device may help to reveal a sum that it has a part in; no photo is read for that.
 
         Raises:
             PolicyRefusal: The last day is over, or sums of this kind are not allowed.

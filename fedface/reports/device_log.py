@@ -56,6 +56,8 @@ class LoggedRecord:
                 return f"The decrypted sum of several devices' metrics, for {run}, evaluation {round}"
             case Transmission(kind="update sum", run=run, round=round):
                 return f"The decrypted sum of several devices' updates, for {run}, round {round}"
+            case Transmission(kind="exchange", run=run, round=round):
+                return f"Keys, signatures or shares of masks of a sum of several devices, for {run}, round {round}"
             case Transmission(run=run, round=round, reason=reason):
                 return f"A refusal, to {run}, round {round}: {reason}"
 

@@ -13,6 +13,7 @@ _KINDS = {
     "metrics": ("set of metrics", "sets of metrics"),
     "update sum": ("decrypted sum of updates", "decrypted sums of updates"),
     "metrics sum": ("decrypted sum of metrics", "decrypted sums of metrics"),
+    "exchange": ("message that reveals a sum", "messages that reveal a sum"),
     "refusal": ("refusal", "refusals"),
 }
 _NOT_COVERED = (
@@ -48,6 +49,8 @@ def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
         "which skin tones, as sums that are protected as each line says",
         "update sum": "decrypted sums of updates: of several devices together",
         "metrics sum": "decrypted sums of metrics: of several devices together",
+        "exchange": "messages that reveal a sum: public keys, signatures, and encrypted shares of random masks, with "
+        "nothing of a photo",
         "refusal": "refusals, each a sentence that says why",
     }
     return [

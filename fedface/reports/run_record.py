@@ -153,11 +153,10 @@ class AggregationRecord:
     protocol: str
     sees: str  # who can read one device's update
     bytes_per_device: int  # up, one round
-    seconds_protect: float  # on one device
-    seconds_combine: float
-    seconds_reveal: float
+    seconds_device: float  # processor time of one device
+    seconds_server: float  # of the server, for all devices
     max_error: float  # largest difference from the plain sum, in weight units
-    count: int  # repetitions measured
+    count: int  # devices
 
 
 @dataclass(frozen=True, kw_only=True)

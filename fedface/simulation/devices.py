@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fedface.aggregation.homomorphic import make_keys
+from fedface.aggregation.protocols import make_keys
 from fedface.atomic_io import replace_bytes
 from fedface.device.device import Device
 from fedface.errors import FederationError

@@ -36,8 +36,8 @@ def client_app(device_for: Callable[[Context], Device]) -> ClientApp:
     def evaluate(message: FlowerMessage, context: Context) -> FlowerMessage:
         return _answer(message, context, device_for)
 
-    @app.query("decrypt")
-    def decrypt(message: FlowerMessage, context: Context) -> FlowerMessage:
+    @app.query("exchange")
+    def exchange(message: FlowerMessage, context: Context) -> FlowerMessage:
         return _answer(message, context, device_for)
 
     return app

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from flwr.app import Message as FlowerMessage
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedface.errors import FederationError
 from fedface.messages.messages import (
-    DecryptResult,
-    DecryptTask,
     EvaluateResult,
     EvaluateTask,
+    ExchangeResult,
+    ExchangeTask,
     Failure,
     Refusal,
     Reply,
@@ -24,7 +25,7 @@ from fedface.messages.messages import (
     to_message,
 )
 from fedface.messages.parsing import read_reply
-from fedface.transport.wire import DECRYPT, EVALUATE, MAX_REASON, TRAIN, from_record, to_record
+from fedface.transport.wire import EVALUATE, EXCHANGE, MAX_REASON, TRAIN, from_record, to_record
 
 
 class GridCohort:
@@ -68,12 +69,15 @@ class GridCohort:
         self._nodes += [node for node in nodes if node not in self._nodes]
         return sorted(self._nodes.index(node) for node in nodes)
 
-    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
-        """Send one task to some devices; their numbers and replies as they arrive, one per member, none missing."""
-        kind, _ = _expected(task)
-        record = to_record(to_message(task))
+    def ask(self, tasks: Mapping[int, Task]) -> Iterator[tuple[int, Reply | Failure]]:
+        """Send tasks of one kind to devices; their numbers and replies as they arrive, one per task, none missing."""
         waiting: dict[str, int] = {}
-        for number in members:
+        records: dict[int, RecordDict] = {}  # of equal tasks one, by identity
+        for number, task in tasks.items():
+            kind, _ = _expected(task)
+            if id(task) not in records:
+                records[id(task)] = to_record(to_message(task))
+            record = records[id(task)]
             ttl = None if math.isinf(self._answer_within) else self._answer_within
             message = FlowerMessage(record, self._nodes[number], kind, ttl=ttl, group_id=str(task.round))
             # One at a time: Flower omits undeliverable messages from its result.
@@ -91,7 +95,7 @@ class GridCohort:
                 if number < 0 or from_another:
                     continue
                 del waiting[reply.metadata.reply_to_message_id]
-                answer = _read(reply, task)
+                answer = _read(reply, tasks[number])
                 yield number, self._failure(number, answer.reason) if isinstance(answer, Failure) else answer
             if not replies and wait.over():
                 break
@@ -117,15 +121,15 @@ class _Wait:
         return left <= 0
 
 
-def _expected(task: Task) -> tuple[str, type[TrainResult] | type[EvaluateResult] | type[DecryptResult]]:
+def _expected(task: Task) -> tuple[str, type[TrainResult] | type[EvaluateResult] | type[ExchangeResult]]:
     """Flower's message type for a task, and the type of its result."""
     match task:
         case TrainTask():
             return TRAIN, TrainResult
         case EvaluateTask():
             return EVALUATE, EvaluateResult
-        case DecryptTask():
-            return DECRYPT, DecryptResult
+        case ExchangeTask():
+            return EXCHANGE, ExchangeResult
 
 
 def _read(reply: FlowerMessage, task: Task) -> Reply | Failure:

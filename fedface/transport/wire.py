@@ -16,7 +16,7 @@ HEADER, BLOBS = "fedface", "blobs"  # the two records of a message
 MAX_HEADER = 1 << 20  # characters; headers have about two thousand
 MAX_REASON = 500  # characters of an error that are sent or stored
 DEVICE_ERROR = 500  # Flower reserves codes below 100
-TRAIN, EVALUATE, DECRYPT = "train", "evaluate", "query.decrypt"  # Flower's message types
+TRAIN, EVALUATE, EXCHANGE = "train", "evaluate", "query.exchange"  # Flower's message types
 
 
 def to_record(message: Message) -> RecordDict:

@@ -24,11 +24,16 @@ from fedface.aggregation.homomorphic import (
     HomomorphicKeys,
     HomomorphicServer,
     Scheme,
-    make_device,
-    make_keys,
-    make_server,
 )
-from fedface.aggregation.payload import AggregationParameters, HomomorphicConfig, Payload, PlainConfig
+from fedface.aggregation.payload import (
+    Aggregation,
+    AggregationParameters,
+    HomomorphicConfig,
+    Payload,
+    PlainConfig,
+)
+from fedface.aggregation.plain import PlainAggregation
+from fedface.aggregation.protocols import DeviceKeys, device_sum
 from fedface.errors import AggregationError, ConfigError
 
 CONFIG = HomomorphicConfig(bits=16)
@@ -80,10 +85,12 @@ def test_plain_and_encrypted_agree_within_half_a_step_for_each_device(
     agreement = AggregationParameters(value_range=0.1, max_devices=most)
     revealed = []
     for config in (PlainConfig(), HomomorphicConfig(bits=bits, min_devices=1)):
-        device = make_device(config, agreement, make_keys(config, agreement))
+        device: Aggregation = PlainAggregation(max_devices=agreement.max_devices)
+        if isinstance(config, HomomorphicConfig):
+            device = HomomorphicDevice(config, agreement, HomomorphicKeys.make(config, agreement))
         count = min(3, most)
         payloads = [device.protect(update, 0) for update in _updates(count, 50, seed)]
-        revealed.append(device.reveal(make_server(config, agreement).combine(payloads)).double())
+        revealed.append(device.reveal(device.combine(payloads)).double())
     step = 0.1 / ((1 << (bits - 1)) - 1)
     assert (revealed[0] - revealed[1]).abs().max() <= count * step / 2 + 1e-7
 
@@ -132,14 +139,14 @@ def test_a_payload_reveals_nothing_about_the_update_but_its_length() -> None:
 
 def test_the_server_has_no_key_and_can_neither_protect_nor_reveal() -> None:
     """It is built from public parameters only."""
-    server = make_server(CONFIG, AGREEMENT)
+    server = HomomorphicServer(CONFIG, AGREEMENT)
     total = server.combine([DEVICE.protect(update, 0) for update in _updates(2, 5)])
     with pytest.raises(AggregationError, match="no key"):
         server.reveal(total)
     with pytest.raises(AggregationError, match="no key"):
         server.protect(torch.zeros(5), 0)
     with pytest.raises(AggregationError, match="got none"):
-        make_device(CONFIG, AGREEMENT, None)
+        device_sum(CONFIG, AGREEMENT, DeviceKeys())
 
 
 def test_another_key_decrypts_nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -58,13 +58,14 @@ class Counting:
         """As they are."""
         return self.cohort.members(expected)
 
-    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
+    def ask(self, tasks: Mapping[int, Task]) -> Iterator[tuple[int, Reply | Failure]]:
         """Forward the task, up to the one that fails."""
+        task = next(iter(tasks.values()))
         assert isinstance(task, EvaluateTask)
         self.asked.append(task)
         if len(self.asked) == self.breaks_at:
             raise FederationError("the line is cut")
-        return self.cohort.ask(task, members)
+        return self.cohort.ask(tasks)
 
 
 def ready(recipe: Experiment, folder: Path) -> Cohort:

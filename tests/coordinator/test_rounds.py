@@ -12,18 +12,21 @@ import pytest
 import torch
 from tiny import NO_PRIVACY, TARGET, SilentProgress, first_device, started, tiny_experiment, tiny_gan
 
-from fedface.aggregation.homomorphic import make_device, make_keys
-from fedface.aggregation.payload import Payload
+from fedface.aggregation.homomorphic import HomomorphicDevice, HomomorphicKeys
+from fedface.aggregation.masked import EXCHANGES as MASKED_EXCHANGES
+from fedface.aggregation.payload import HomomorphicConfig, Payload
 from fedface.aggregation.plain import PlainAggregation
 from fedface.coordinator.rounds import ProgressListener, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.device.client import handle_task
+from fedface.device.state import LedgerFiles
 from fedface.errors import FederationError, RunError, WeightsError
 from fedface.experiment import Experiment, devices_folder
 from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.messages.messages import (
-    DecryptResult,
+    ExchangeResult,
+    ExchangeTask,
     Failure,
     Refusal,
     Reply,
@@ -35,7 +38,7 @@ from fedface.messages.messages import (
 from fedface.messages.parsing import read_reply, read_task
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, load_model, weights_hash
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.ledger import Ledger
+from fedface.privacy.ledger import Ledger, LedgerSnapshot
 from fedface.public_data.device_photos import device_faces, device_photos
 from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Vector
@@ -68,12 +71,14 @@ class LocalCohort:
     def members(self, required: int) -> Sequence[int]:
         return range(self.count)
 
-    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
-        self.asked.append((type(task).__name__, task.round, tuple(members)))
-        for member in members:
+    def ask(self, tasks: Mapping[int, Task]) -> Iterator[tuple[int, Reply | Failure]]:
+        task = next(iter(tasks.values()))
+        name = task.exchange if isinstance(task, ExchangeTask) else type(task).__name__
+        self.asked.append((name, task.round, tuple(tasks)))
+        for member, task in tasks.items():
             device = simulated_device(self.experiment, member, devices_folder(self.folder))
             reply = read_reply(to_message(handle_task(read_task(to_message(task)), device)))
-            self.replies[type(task).__name__, task.round, member] = reply
+            self.replies[name, task.round, member] = reply
             yield member, self.tamper(member, task, reply)
 
 
@@ -170,7 +175,7 @@ def spoilt(kind: str, reply: TrainResult) -> Reply | Failure:
         case "refuses":
             return Refusal(device=reply.device, reason="not today")
         case _:
-            return DecryptResult(device=reply.device, total=good)
+            return ExchangeResult(device=reply.device, content=b"")
 
 
 @pytest.mark.parametrize(
@@ -276,22 +281,107 @@ def test_a_run_without_dp_reports_that_there_is_no_bound(tmp_path: Path) -> None
     assert isinstance(rounds(cohort.experiment, cohort).rounds[0].epsilon, NotMeasured)
 
 
-def test_plain_and_encrypted_sums_give_the_same_model_up_to_half_a_step(tmp_path: Path) -> None:
+EXCHANGES = {"plain": (), "homomorphic": ("decrypt",), "masked": MASKED_EXCHANGES}
+
+
+def test_plain_and_protected_sums_give_the_same_model_up_to_half_a_step(tmp_path: Path) -> None:
     """The mean of n rounded updates is within half a grid step, range / (2^15 - 1) / 2, and float32's rounding."""
     changes = {"training.r2_weight": "0", "training.expected_batch_size": "24"}
     ends = {}
-    for kind in ("plain", "homomorphic"):
+    for kind, exchanges in EXCHANGES.items():
         cohort = cohort_of(tmp_path / kind, {**changes, "aggregation": f"{{kind: {kind}}}"})
         (record,) = rounds(cohort.experiment, cohort).rounds
         ends[kind] = weights_after(cohort.folder, 1)
-        expected = [("TrainTask", 1, (0, 1))] + ([("DecryptTask", 1, (0,))] if kind == "homomorphic" else [])
-        assert cohort.asked == expected
+        asked = [("TrainTask", 1, (0, 1)), *((name, 1, (0, 1)) for name in exchanges)]
+        assert [
+            (name, 1, (0,)) if name == "decrypt" else (name, 1, who) for name, _, who in asked
+        ] == cohort.asked
         assert record.participants == ("device-00", "device-01")
+        assert not list((cohort.folder / "sums").glob("*"))
     ranges = ranges_of(cohort.experiment)
     rounding = torch.finfo(torch.float32).eps * ends["plain"].abs()
-    apart = (ends["plain"] - ends["homomorphic"]).abs()
-    assert bool((apart <= 0.5001 * ranges / (2**15 - 1) + rounding).all())
-    assert 0 < float(apart.max())
+    for kind in ("homomorphic", "masked"):
+        apart = (ends["plain"] - ends[kind]).abs()
+        assert bool((apart <= 0.5001 * ranges / (2**15 - 1) + rounding).all())
+        assert 0 < float(apart.max())
+
+
+MASKED = {**THREE, "aggregation": "{kind: masked}", "min_responses": "2"}
+
+
+def ledger_of(cohort: LocalCohort, member: int) -> LedgerSnapshot:
+    """The verified ledger of a device."""
+    return LedgerFiles.at(devices_folder(cohort.folder) / f"device-{member:02d}" / "ledger.sqlite").verify()
+
+
+@pytest.mark.parametrize("lost_in", MASKED_EXCHANGES)
+def test_a_round_with_masks_survives_a_device_that_is_lost_in_any_exchange(
+    lost_in: str, tmp_path: Path
+) -> None:
+    """The model is that of the updates that arrived; the lost device is named, and paid once."""
+
+    def lose(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        late = isinstance(task, ExchangeTask) and MASKED_EXCHANGES.index(task.exchange) >= at  # type: ignore[arg-type]
+        return Failure("no answer") if member == 2 and late else reply
+
+    at = MASKED_EXCHANGES.index(lost_in)  # type: ignore[arg-type]
+    cohort = cohort_of(tmp_path, MASKED, lose)
+    (record,) = rounds(cohort.experiment, cohort).rounds
+    arrived = lost_in in ("survivors", "reveal")
+    assert record.participants == ("device-00", "device-01", *(["device-02"] if arrived else []))
+    assert [each.reason for each in record.dropped] == ([] if arrived else ["no answer"])
+    assert [len(ledger_of(cohort, member).entries) for member in range(3)] == [1, 1, 1]
+
+
+def test_a_server_that_opens_a_sum_again_with_fewer_devices_gets_nothing(tmp_path: Path) -> None:
+    """The difference of the two sums would be one device's update: every device answers for its first list alone."""
+    cohort = cohort_of(tmp_path, MASKED)
+    rounds(cohort.experiment, cohort)
+    opened = weights_after(cohort.folder, 1)
+    weights_path(cohort.folder, 1).unlink()  # the server forgets the round, and that device 2 was in it
+
+    def forget(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        return Failure("no answer") if member == 2 else reply
+
+    cohort.tamper = forget
+    with pytest.raises(FederationError, match="asked for with other devices before; it is answered once"):
+        rounds(cohort.experiment, cohort)
+    cohort.tamper = honest
+    rounds(cohort.experiment, cohort)  # the same devices: the same answers, and the same sum
+    assert torch.equal(weights_after(cohort.folder, 1), opened)
+
+
+@pytest.mark.parametrize("killed_in", MASKED_EXCHANGES)
+def test_a_server_killed_in_an_exchange_reveals_the_same_sum_when_it_resumes(
+    killed_in: str, tmp_path: Path
+) -> None:
+    """No device computes anything again, and each has recorded one release."""
+    calm = cohort_of(tmp_path / "calm", MASKED)
+    rounds(calm.experiment, calm)
+
+    def kill(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if isinstance(task, ExchangeTask) and task.exchange == killed_in and member == 1:
+            raise KeyboardInterrupt
+        return reply
+
+    cohort = cohort_of(tmp_path / "killed", MASKED, kill)
+    with pytest.raises(KeyboardInterrupt):
+        rounds(cohort.experiment, cohort)
+    cohort.tamper = honest
+    (record,) = rounds(cohort.experiment, cohort).rounds
+    assert record.participants == ("device-00", "device-01", "device-02")
+    assert torch.allclose(weights_after(cohort.folder, 1), weights_after(calm.folder, 1), atol=1e-6)
+    assert [len(ledger_of(cohort, member).entries) for member in range(3)] == [1, 1, 1]
+
+
+def test_the_log_of_a_masked_round_has_one_update_and_four_messages_without_a_photo(tmp_path: Path) -> None:
+    """Keys, shares, the masked update with its entry, a signature, shares of masks: each is in the ledger."""
+    cohort = cohort_of(tmp_path, MASKED)
+    rounds(cohort.experiment, cohort)
+    sent = ledger_of(cohort, 0).transmissions
+    assert [each.kind for each in sent] == ["exchange", "exchange", "update", "exchange", "exchange"]
+    assert [each.entry is not None for each in sent] == [False, False, True, False, False]
+    assert "masked" in sent[2].protection and sent[2].masked
 
 
 def test_more_devices_than_a_sum_has_room_for_take_turns(tmp_path: Path) -> None:
@@ -309,8 +399,9 @@ def test_a_device_with_another_key_is_named_and_the_round_continues(tmp_path: Pa
     """The key that most devices have is the run's."""
     cohort = cohort_of(tmp_path, {**THREE, "aggregation": "{kind: homomorphic}"})
     experiment = cohort.experiment
-    keys = make_keys(experiment.aggregation, experiment.agreement)
-    stranger = make_device(experiment.aggregation, experiment.agreement, keys)
+    assert isinstance(config := experiment.aggregation, HomomorphicConfig)
+    keys = HomomorphicKeys.make(config, experiment.agreement)
+    stranger = HomomorphicDevice(config, experiment.agreement, keys)
 
     def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
         if member == 0 and isinstance(reply, TrainResult) and isinstance(task, TrainTask):
@@ -345,9 +436,9 @@ def test_replies_are_summed_as_they_arrive_and_not_stored(tmp_path: Path) -> Non
     alive: list[int] = []
 
     class Counting(LocalCohort):
-        def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
+        def ask(self, tasks: Mapping[int, Task]) -> Iterator[tuple[int, Reply | Failure]]:
             sent: list[weakref.ref[Reply | Failure]] = []
-            for member, reply in super().ask(task, members):
+            for member, reply in super().ask(tasks):
                 self.replies.clear()
                 sent.append(weakref.ref(reply))
                 yield member, reply
@@ -372,8 +463,8 @@ def test_a_sum_that_one_device_cannot_decrypt_is_decrypted_by_the_next(tmp_path:
     """Wrong length, then no device left: an error, and no checkpoint."""
 
     def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
-        if isinstance(reply, DecryptResult) and member < liars:
-            return DecryptResult(device=reply.device, total=reply.total[:-1])
+        if isinstance(reply, ExchangeResult) and member < liars:
+            return replace(reply, content=reply.content[:-4])
         return reply
 
     cohort = cohort_of(tmp_path, {"aggregation": "{kind: homomorphic}"}, tamper)
@@ -383,7 +474,7 @@ def test_a_sum_that_one_device_cannot_decrypt_is_decrypted_by_the_next(tmp_path:
         with pytest.raises(FederationError, match="no device decrypted the sum .*decrypted something else"):
             rounds(cohort.experiment, cohort)
         assert not weights_path(cohort.folder, 1).exists()
-    assert cohort.asked[1:] == [("DecryptTask", 1, (member,)) for member in range(2)]
+    assert cohort.asked[1:] == [("decrypt", 1, (member,)) for member in range(2)]
 
 
 def test_updates_whose_sum_overflows_leave_no_broken_checkpoint(tmp_path: Path) -> None:

@@ -14,14 +14,22 @@ import pytest
 import torch
 from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, tiny_way, train_task
 
-from fedface.aggregation.homomorphic import make_device, make_server
+from fedface.aggregation.homomorphic import HomomorphicDevice, HomomorphicKeys, HomomorphicServer
 from fedface.aggregation.payload import HomomorphicConfig, Payload
 from fedface.device.client import handle_task
 from fedface.device.config import PAUSED_FILE
 from fedface.device.device import Device
-from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
+from fedface.errors import AggregationError, LedgerError, PrivacyError, WeightsError
 from fedface.experiment import Experiment
-from fedface.messages.messages import DecryptResult, DecryptTask, Refusal, TrainResult, TrainTask, to_message
+from fedface.messages.messages import (
+    ExchangeResult,
+    ExchangeTask,
+    Refusal,
+    TrainResult,
+    TrainTask,
+    to_message,
+    vector_from,
+)
 from fedface.messages.parsing import read_task
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
 from fedface.models.discriminator import DiscriminatorConfig
@@ -266,8 +274,13 @@ def test_sums_are_decrypted_only_until_the_policy_expires(device: Device, task: 
     """From the day after the last one everything is refused."""
     handle_task(task, device)
     ended = replace(device, policy=replace(device.policy, expires="2020-01-01"))
-    asked = DecryptTask(
-        run="tiny", round=1, aggregation=task.config.aggregation, agreement=task.config.agreement, total=b""
+    asked = ExchangeTask(
+        run="tiny",
+        round=1,
+        aggregation=task.config.aggregation,
+        agreement=task.config.agreement,
+        exchange="decrypt",
+        content=b"",
     )
     reply = handle_task(asked, ended)
     assert isinstance(reply, Refusal) and "ended" in reply.reason
@@ -444,14 +457,15 @@ def hidden_round(tmp_path: Path) -> tuple[Experiment, Device, TrainTask]:
     return experiment, first_device(experiment, tmp_path / "states"), train_task(experiment, tiny_gan())
 
 
-def reveal_task(experiment: Experiment, payload: Payload, round: int = 1) -> DecryptTask:
+def reveal_task(experiment: Experiment, payload: Payload, round: int = 1) -> ExchangeTask:
     """A request to decrypt a sum."""
-    return DecryptTask(
+    return ExchangeTask(
         run="tiny",
         round=round,
         aggregation=experiment.aggregation,
         agreement=experiment.agreement,
-        total=payload.to_bytes(),
+        exchange="decrypt",
+        content=payload.to_bytes(),
     )
 
 
@@ -460,15 +474,15 @@ def test_a_device_decrypts_the_sum_of_a_round_that_it_took_part_in(tmp_path: Pat
     experiment, device, task = hidden_round(tmp_path)
     reply = handle_task(task, device)
     assert isinstance(reply, TrainResult)
-    from fedface.aggregation.homomorphic import HomomorphicKeys
-
-    other = make_device(experiment.aggregation, experiment.agreement, HomomorphicKeys.load(device.key_path))
+    assert isinstance(config := experiment.aggregation, HomomorphicConfig)
+    other = HomomorphicDevice(config, experiment.agreement, HomomorphicKeys.load(device.key_path))
     ones = other.protect(torch.ones(len(task.weights)), 1)
-    server = make_server(experiment.aggregation, experiment.agreement)
+    server = HomomorphicServer(config, experiment.agreement)
     total = server.combine([Payload.from_bytes(reply.payload), ones])
     opened = handle_task(reveal_task(experiment, total), device)
-    assert isinstance(opened, DecryptResult) and opened.total.shape == task.weights.shape
-    assert float(opened.total.min()) >= -1e-3 and float(opened.total.max()) <= 2 + 1e-3
+    assert isinstance(opened, ExchangeResult) and len(opened.content) == 4 * len(task.weights)
+    revealed = vector_from(opened.content)
+    assert float(revealed.min()) >= -1e-3 and float(revealed.max()) <= 2 + 1e-3
 
     elsewhere = handle_task(replace(reveal_task(experiment, total), run="another"), device)
     assert isinstance(elsewhere, Refusal) and "did not take part in round 1 of another" in elsewhere.reason
@@ -489,7 +503,7 @@ def test_a_device_does_not_decrypt_the_sum_of_another_round(tmp_path: Path) -> N
     assert isinstance(first, TrainResult) and isinstance(
         handle_task(replace(task, round=2), device), TrainResult
     )
-    with pytest.raises(FederationError, match="expected the sum of round 2, got that of round 1"):
+    with pytest.raises(AggregationError, match="expected the sum of round 2, got that of round 1"):
         handle_task(reveal_task(experiment, Payload.from_bytes(first.payload), round=2), device)
 
 

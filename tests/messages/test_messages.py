@@ -20,11 +20,11 @@ from fedface.errors import FederationError
 from fedface.experiment import metrics_dp_parameters
 from fedface.messages.messages import (
     VERSION,
-    DecryptResult,
-    DecryptTask,
     EvaluateResult,
     EvaluateTask,
     EvaluationRequest,
+    ExchangeResult,
+    ExchangeTask,
     Message,
     Refusal,
     Task,
@@ -39,12 +39,13 @@ from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.upsampling.degradation import BicubicPulse
 from fedface.upsampling.pulse import PulseConfig
 
-REVEAL = DecryptTask(
+REVEAL = ExchangeTask(
     run="r",
     round=2,
     aggregation=HomomorphicConfig(bits=12),
     agreement=AggregationParameters(value_range=0.5, max_devices=3),
-    total=b"sum",
+    exchange="decrypt",
+    content=b"sum",
 )
 
 
@@ -100,11 +101,11 @@ def test_a_reply_is_unchanged_by_a_round_trip() -> None:
     scored = EvaluateResult(device="d", payload=b"\x00\xff", seconds_protect=0.25)
     left = Refusal(device="d", reason="gone", withdrawn=True)
     assert read_reply(to_message(scored)) == scored and read_reply(to_message(left)) == left
-    revealed = DecryptResult(device="d", total=torch.tensor([1.0, -2.5]))
+    revealed = ExchangeResult(device="d", content=b"sum")
     refusal = Refusal(device="d", reason="not today")
     assert read_reply(to_message(trained)) == trained and read_reply(to_message(refusal)) == refusal
     opened = read_reply(to_message(revealed))
-    assert isinstance(opened, DecryptResult) and torch.equal(opened.total, revealed.total)
+    assert opened == revealed
 
 
 def test_no_epsilon_and_no_photo_count_is_in_a_task(task: TrainTask) -> None:

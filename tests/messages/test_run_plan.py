@@ -20,9 +20,9 @@ from fedface.device.device import Device
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, for_ranking
 from fedface.messages.messages import (
-    DecryptTask,
     EvaluateResult,
     EvaluateTask,
+    ExchangeTask,
     Refusal,
     TrainResult,
     TrainTask,
@@ -94,12 +94,13 @@ def test_a_sum_is_decrypted_only_with_the_plans_aggregation(device: Device, task
     """The smallest sum that may be opened is in the plan."""
     assert device.plans is not None
     (plan,) = device.plans.read().values()
-    opening = DecryptTask(
+    opening = ExchangeTask(
         run=task.run,
         round=1,
         aggregation=task.config.aggregation,
         agreement=task.config.agreement,
-        total=b"sum",
+        exchange="decrypt",
+        content=b"sum",
     )
     assert plan.difference(opening) == ""
     more = replace(opening, agreement=replace(opening.agreement, max_devices=99))

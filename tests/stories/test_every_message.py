@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.coordinator.run import run_experiment
 from fedface.experiment import Experiment, devices_folder
 from fedface.messages.cohort import Cohort
-from fedface.messages.messages import DecryptTask, Failure, Message, Reply, Task, to_message
+from fedface.messages.messages import ExchangeTask, Failure, Message, Reply, Task, to_message
 from fedface.photos.skin_tone import measure_tone
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
@@ -60,11 +60,11 @@ class Listening:
         """As they are."""
         return self.cohort.members(expected)
 
-    def ask(self, task: Task, members: Sequence[int]) -> Iterator[tuple[int, Reply | Failure]]:
+    def ask(self, tasks: Mapping[int, Task]) -> Iterator[tuple[int, Reply | Failure]]:
         """Forward the task and record the reply."""
-        for member, answer in self.cohort.ask(task, members):
+        for member, answer in self.cohort.ask(tasks):
             assert not isinstance(answer, Failure), answer
-            self.heard.append(Overheard(task, member, to_message(answer)))
+            self.heard.append(Overheard(tasks[member], member, to_message(answer)))
             yield member, answer
 
 
@@ -125,7 +125,7 @@ def test_every_payload_was_recorded_with_noise_before_it_left(
 
 def decrypted(overheard: Overheard) -> bool:
     """Whether the device decrypted a sum in which its own part was recorded."""
-    return isinstance(overheard.task, DecryptTask)
+    return isinstance(overheard.task, ExchangeTask)
 
 
 def test_the_ledger_has_every_message_that_left(run: tuple[Experiment, Path, list[Overheard]]) -> None:

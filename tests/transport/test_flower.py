@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
@@ -23,8 +22,8 @@ from fedface.device.device import Device
 from fedface.errors import ConfigError, FederationError, LibraryError
 from fedface.experiment import devices_folder, read_experiment
 from fedface.messages.messages import (
-    DecryptResult,
-    DecryptTask,
+    ExchangeResult,
+    ExchangeTask,
     Failure,
     Message,
     Refusal,
@@ -58,14 +57,15 @@ attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}
 base: base.safetensors
 """
 
-REVEAL = DecryptTask(
+REVEAL = ExchangeTask(
     run="r",
     round=1,
     aggregation=PlainConfig(),
     agreement=AggregationParameters(value_range=1.0, max_devices=2),
-    total=b"sum",
+    exchange="decrypt",
+    content=b"sum",
 )
-OPENED = DecryptResult(device="d", total=torch.ones(3))
+OPENED = ExchangeResult(device="d", content=b"sum")
 
 
 @pytest.fixture
@@ -125,16 +125,16 @@ def test_devices_in_one_process_share_no_object() -> None:
     """Changes that the first device makes to its message do not affect the second."""
     app, seen = ClientApp(), []
 
-    @app.query("decrypt")
+    @app.query("exchange")
     def decrypt(message: FlowerMessage, _: Context) -> FlowerMessage:
-        seen.append(message.content["blobs"]["total"].data)
-        message.content["blobs"]["total"].data = b"spoiled"
+        seen.append(message.content["blobs"]["content"].data)
+        message.content["blobs"]["content"].data = b"spoiled"
         return FlowerMessage(to_record(to_message(OPENED)), reply_to=message)
 
     cohort = GridCohort(InProcessGrid(app, 2, {}))
-    answers = dict(cohort.ask(REVEAL, cohort.members(2)))
+    answers = dict(cohort.ask(dict.fromkeys(cohort.members(2), REVEAL)))
     assert seen == [b"sum", b"sum"]
-    assert all(isinstance(answer, DecryptResult) for answer in answers.values())
+    assert all(isinstance(answer, ExchangeResult) for answer in answers.values())
 
 
 def broken(error: Exception) -> GridCohort:
@@ -149,7 +149,7 @@ def broken(error: Exception) -> GridCohort:
 def test_an_error_about_the_task_is_sent_with_its_text() -> None:
     """The coordinator can report the cause."""
     cohort = broken(FederationError("expected an apple, got a pear"))
-    answers = dict(cohort.ask(REVEAL, cohort.members(1)))
+    answers = dict(cohort.ask(dict.fromkeys(cohort.members(1), REVEAL)))
     (fault,) = answers.values()
     assert isinstance(fault, Failure) and fault.reason.startswith("expected an apple, got a pear (node ")
 
@@ -158,7 +158,7 @@ def test_an_error_about_the_task_is_sent_with_its_text() -> None:
 def test_an_error_about_photos_is_sent_without_its_text(error: Exception) -> None:
     """The name of a photo is private."""
     cohort = broken(error)
-    fault = dict(cohort.ask(REVEAL, cohort.members(1)))[0]
+    fault = dict(cohort.ask(dict.fromkeys(cohort.members(1), REVEAL)))[0]
     assert isinstance(fault, Failure)
     assert type(error).__name__ in fault.reason and "beach" not in fault.reason
 
@@ -196,7 +196,7 @@ def test_duplicate_and_foreign_replies_are_ignored() -> None:
     mine, late = (to_record(to_message(Refusal(device=name, reason="no"))) for name in ("mine", "late"))
     script = iter([[(0, 99, late), (0, 7, mine), (0, 7, late)], [(1, 8, Error(5, "gone"))]])
     cohort = GridCohort(ScriptedGrid([8, 7], script))
-    answers = list(cohort.ask(REVEAL, cohort.members(2)))
+    answers = list(cohort.ask(dict.fromkeys(cohort.members(2), REVEAL)))
     assert answers == [(0, Refusal(device="mine", reason="no")), (1, Failure("gone (node 8)"))]
 
 
@@ -205,11 +205,11 @@ def test_every_member_has_an_entry_even_without_a_usable_reply() -> None:
     trained = to_record(to_message(TrainResult(device="d", payload=b"p", seconds_protect=0.0)))
     script = iter([[(0, 1, trained), (1, 2, RecordDict())]])
     cohort = GridCohort(ScriptedGrid([-1, 1, 2, 3], script), answer_within=0.2)
-    answers = dict(cohort.ask(REVEAL, cohort.members(4)))
+    answers = dict(cohort.ask(dict.fromkeys(cohort.members(4), REVEAL)))
     reasons = [answer.reason for _, answer in sorted(answers.items()) if isinstance(answer, Failure)]
     words = (
         "no longer connected (node -1)",
-        "expected a DecryptResult, got a TrainResult",
+        "expected a ExchangeResult, got a TrainResult",
         "expected the records",
         "no answer within 0 s (node 3)",
     )
@@ -339,7 +339,7 @@ def test_as_many_devices_work_at_a_time_as_there_are_workers(workers: int) -> No
     together, most, lock = threading.Barrier(workers), [0, 0], threading.Lock()
     app = ClientApp()
 
-    @app.query("decrypt")
+    @app.query("exchange")
     def decrypt(message: FlowerMessage, _: Context) -> FlowerMessage:
         with lock:
             most[0] += 1
@@ -350,19 +350,19 @@ def test_as_many_devices_work_at_a_time_as_there_are_workers(workers: int) -> No
         return FlowerMessage(to_record(to_message(OPENED)), reply_to=message)
 
     cohort = GridCohort(InProcessGrid(app, 6, {}, workers))
-    replies = list(cohort.ask(REVEAL, cohort.members(6)))
+    replies = list(cohort.ask(dict.fromkeys(cohort.members(6), REVEAL)))
     assert [number for number, _ in replies] == list(range(6))
-    assert all(isinstance(reply, DecryptResult) for _, reply in replies) and most[1] == workers
+    assert all(isinstance(reply, ExchangeResult) for _, reply in replies) and most[1] == workers
 
 
 def test_a_request_that_was_given_up_does_not_hold_up_the_next() -> None:
     """The server raised after the first reply; its next request gets all replies."""
     app = ClientApp()
 
-    @app.query("decrypt")
+    @app.query("exchange")
     def decrypt(message: FlowerMessage, _: Context) -> FlowerMessage:
         return FlowerMessage(to_record(to_message(OPENED)), reply_to=message)
 
     cohort = GridCohort(InProcessGrid(app, 3, {}, 2))
-    assert next(cohort.ask(REVEAL, cohort.members(3)))[0] == 0
-    assert [number for number, _ in cohort.ask(REVEAL, cohort.members(3))] == [0, 1, 2]
+    assert next(cohort.ask(dict.fromkeys(cohort.members(3), REVEAL)))[0] == 0
+    assert [number for number, _ in cohort.ask(dict.fromkeys(cohort.members(3), REVEAL))] == [0, 1, 2]

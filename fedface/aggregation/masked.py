@@ -1,0 +1,384 @@
+"""Masked sums: what device and server share of secure aggregation (Bonawitz et al. 2017, ePrint 2017/281).
+
+Each device adds to its integers a mask of its own and one mask for each of its partners, with opposite signs; the
+partners' masks cancel in the sum. Integers and masks are modulo 2^32, so one masked vector is uniformly random.
+The partners form a sparse graph (Bell et al. 2020, ePrint 2020/704; mask_graph.py).
+
+The exchanges of one sum, each a request to every device that is still there:
+
+    keys       with the result of training: two fresh public keys (X25519), signed by the device (Ed25519)
+    shares     the list of participants -> Shamir shares of the device's two secrets, encrypted to its partners
+    masked     the list of those who gave shares, and the partners' -> the masked vector, and a signature of the list
+    survivors  the list of those whose vector arrived -> a signature of it
+    reveal     the signatures -> of each survivor the share of its own mask, of each other one that of its masking key
+
+The masks depend on what the sum is of (`payload.SumContext`) and on both lists, so devices that were sent different
+models, terms or lists add masks that do not cancel (Pasquini et al. 2022, arXiv:2111.07380). A device answers each
+exchange of a round for one request only, so there is one list of survivors, and of each device one of the two secrets
+is revealed, never both. A partner reveals a survivor's own mask only if that survivor has signed the list that the
+partner knows: otherwise the server could tell one device that all its partners have gone, so that it adds no mask but
+its own.
+
+What is assumed: at most `MaskGraph.corrupt` of the participants collude with the server. The server says which devices
+exist: one that makes up more participants than that can open the sum of the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedface.aggregation.mask_graph import MaskGraph, mask_graph
+from fedface.aggregation.payload import (
+    AggregationParameters,
+    Exchange,
+    MaskedConfig,
+    Payload,
+    PlainValue,
+    SumContext,
+    same_shape,
+)
+from fedface.aggregation.quantisation import Quantiser, finite_vector
+from fedface.aggregation.shamir import SHARE_BYTES
+from fedface.errors import AggregationError
+from fedface.privacy.distributed_noise import RING_BITS, DistributedNoise, from_sum, noised_integers
+from fedface.privacy.plan import DPParameters
+from fedface.tensor_types import Vector
+
+KIND = MaskedConfig().kind
+EXCHANGES: tuple[Exchange, ...] = ("shares", "masked", "survivors", "reveal")
+KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+MAX_PARTICIPANTS = 1 << 14
+_AT_ONCE = 1 << 16  # bytes of a mask that stay in the processor's cache
+_KEYS = struct.Struct(f">{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}sI{SIGNATURE_BYTES}s")
+_COUNT = struct.Struct(">I")
+SEALED = struct.Struct(
+    f">I{2 + 2 * SHARE_BYTES + 16}s"
+)  # index, then number and both shares with a tag of 16 bytes
+GIVEN = struct.Struct(
+    f">I{2 + 2 * SHARE_BYTES + 16}s32s32s"
+)  # the same, then what each share is checked against
+SHARE = struct.Struct(f">I2s{SHARE_BYTES}s")  # of whom, its number, the share
+SIGNATURE = struct.Struct(f">I{SIGNATURE_BYTES}s")
+
+Ring = np.ndarray  # uint32, shape (d,): integers modulo 2^32
+
+
+def digest(*parts: bytes) -> bytes:
+    """SHA-256 over parts of any length, each behind its length."""
+    return hashlib.sha256(b"".join(_COUNT.pack(len(part)) + part for part in parts)).digest()
+
+
+def derive(secret: bytes, purpose: bytes, *bound_to: bytes) -> bytes:
+    """A key of 32 bytes for one purpose (HKDF with SHA-256, RFC 5869), bound to public bytes."""
+    return HKDF(SHA256(), KEY_BYTES, salt=None, info=digest(b"fedface", purpose, *bound_to)).derive(secret)
+
+
+def add_mask(total: Ring, key: bytes, *, subtract: bool = False) -> None:
+    """Add to `total`, in place, a mask (d,): the AES-256-CTR keystream under a key that is used once."""
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    zeros, buffer = bytes(_AT_ONCE), bytearray(_AT_ONCE + 16)
+    words = np.frombuffer(buffer, dtype="<u4", count=_AT_ONCE // 4)
+    for start in range(0, len(total), _AT_ONCE // 4):
+        part = total[start : start + _AT_ONCE // 4]
+        stream.update_into(zeros, buffer)
+        (np.subtract if subtract else np.add)(part, words[: len(part)], out=part)
+
+
+def shared_secret(private: X25519PrivateKey, public: bytes) -> bytes:
+    """Raises AggregationError for a public key without a shared secret."""
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:
+        raise AggregationError("a participant's public key is of small order; exclude that device") from error
+
+
+def public_bytes(private: X25519PrivateKey | Ed25519PrivateKey) -> bytes:
+    """The public key, 32 bytes."""
+    return private.public_key().public_bytes_raw()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyMessage:
+    """The keys of one device for one sum, and the smallest sum that its owner admits."""
+
+    device: bytes  # its long-term public key, Ed25519
+    encryption: bytes  # X25519: shares to this device
+    masking: bytes  # X25519: masks with this device
+    smallest_cohort: int
+    signature: bytes = b""
+
+    def _signed(self, context: SumContext) -> bytes:
+        smallest = _COUNT.pack(self.smallest_cohort)
+        return digest(b"fedface keys", context.digest, self.device, self.encryption, self.masking, smallest)
+
+    def sign(self, signing: Ed25519PrivateKey, context: SumContext) -> KeyMessage:
+        """The same with this device's signature."""
+        return KeyMessage(**(vars(self) | {"signature": signing.sign(self._signed(context))}))
+
+    def check(self, context: SumContext) -> None:
+        """Raises AggregationError unless the device signed these keys for this sum."""
+        verify(
+            self.device,
+            self.signature,
+            self._signed(context),
+            "the keys of a participant are not signed by it",
+        )
+
+    def to_bytes(self) -> bytes:
+        """Fixed length."""
+        return _KEYS.pack(self.device, self.encryption, self.masking, self.smallest_cohort, self.signature)
+
+    @staticmethod
+    def from_bytes(written: bytes) -> KeyMessage:
+        """Inverse of `to_bytes`; raises AggregationError for another length."""
+        if len(written) != _KEYS.size:
+            raise AggregationError(f"keys of a participant take {_KEYS.size} bytes, got {len(written)}")
+        device, encryption, masking, smallest, signature = _KEYS.unpack(written)
+        return KeyMessage(
+            device=device,
+            encryption=encryption,
+            masking=masking,
+            smallest_cohort=smallest,
+            signature=signature,
+        )
+
+
+def verify(public: bytes, signature: bytes, content: bytes, problem: str) -> None:
+    """Raises AggregationError with the problem unless this is the key's signature of the content."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, content)
+    except (InvalidSignature, ValueError) as error:
+        raise AggregationError(problem) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Participants:
+    """The devices of one sum, by ascending long-term key; elsewhere each is its index here."""
+
+    context: SumContext
+    config: MaskedConfig
+    keys: tuple[KeyMessage, ...]
+
+    def __post_init__(self) -> None:
+        devices = [each.device for each in self.keys]
+        if not 2 <= len(devices) <= MAX_PARTICIPANTS:
+            raise AggregationError(f"a masked sum needs 2 to {MAX_PARTICIPANTS} devices, got {len(devices)}")
+        if devices != sorted(set(devices)):
+            raise AggregationError("the participants must be ascending, each once")
+        if len({key for each in self.keys for key in (each.encryption, each.masking)}) != 2 * len(devices):
+            raise AggregationError("two participants have one key")
+
+    def to_bytes(self) -> bytes:
+        """The list as a request."""
+        return b"".join(each.to_bytes() for each in self.keys)
+
+    @staticmethod
+    def from_bytes(written: bytes, context: SumContext, config: MaskedConfig) -> Participants:
+        """Inverse of `to_bytes`; the signatures are not checked here. Raises AggregationError."""
+        if len(written) > _KEYS.size * MAX_PARTICIPANTS:
+            raise AggregationError("this list of participants is too long")
+        keys = tuple(
+            KeyMessage.from_bytes(written[at : at + _KEYS.size]) for at in range(0, len(written), _KEYS.size)
+        )
+        return Participants(context=context, config=config, keys=keys)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the list and of what the sum is of."""
+        return digest(b"participants", self.context.digest, self.to_bytes())
+
+    @cached_property
+    def graph(self) -> MaskGraph:
+        """How many partners and which threshold a list of this length has."""
+        return mask_graph(
+            len(self.keys),
+            corrupt_share=self.config.corrupt_share,
+            dropout_share=self.config.dropout_share,
+        )
+
+    @property
+    def fewest(self) -> int:
+        """How many devices must survive and sign."""
+        return self.graph.signatures
+
+    @property
+    def smallest_cohort(self) -> int:
+        """The smallest sum that every participant's owner admits."""
+        return max(self.config.min_devices, *(each.smallest_cohort for each in self.keys))
+
+    def mask_key(self, secret: bytes, included: Members, one: int, other: int) -> bytes:
+        """The key of the mask that two participants share."""
+        pair = (self.keys[index].device for index in sorted((one, other)))
+        return derive(secret, b"mask", self.digest, included.to_bytes(), *pair)
+
+    def own_mask_key(self, secret: bytes, included: Members, own: int) -> bytes:
+        """The key of a participant's own mask."""
+        return derive(secret, b"own mask", self.digest, included.to_bytes(), self.keys[own].device)
+
+    def sealing_key(self, private: X25519PrivateKey, sender: int, receiver: int, *, own: int) -> bytes:
+        """The key under which one participant encrypts its shares to another; used for one message."""
+        other = receiver if own == sender else sender
+        secret = shared_secret(private, self.keys[other].encryption)
+        return derive(secret, b"shares", self.digest, self.keys[sender].device, self.keys[receiver].device)
+
+    def included_signed(self, included: Members) -> bytes:
+        """What a participant signs of the list of those who gave shares."""
+        return digest(b"fedface included", self.digest, included.to_bytes())
+
+    def survivors_signed(self, included: Members, survivors: Members) -> bytes:
+        """What a participant signs of the list of survivors."""
+        return digest(b"fedface survivors", self.digest, included.to_bytes(), survivors.to_bytes())
+
+    def check_survivors(self, included: Members, survivors: Members) -> None:
+        """Raises AggregationError if so few are left that a sum of them must not be revealed."""
+        if not survivors.indices <= included.indices:
+            raise AggregationError("a survivor was not among those that masked their vectors")
+        least = max(self.fewest, self.smallest_cohort)
+        if len(survivors.indices) < least:
+            raise AggregationError(
+                f"a sum of {len(survivors.indices)} devices is not revealed: at least {least} of these "
+                f"{len(self.keys)} must survive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Some of the participants, by index."""
+
+    indices: frozenset[int]
+
+    def to_bytes(self) -> bytes:
+        """Ascending, 4 bytes each."""
+        return b"".join(map(_COUNT.pack, sorted(self.indices)))
+
+    @staticmethod
+    def from_bytes(written: bytes, count: int) -> Members:
+        """Inverse of `to_bytes`, for indices below `count`. Raises AggregationError."""
+        if len(written) % _COUNT.size:
+            raise AggregationError("a list of participants is cut short")
+        indices = [index for (index,) in _COUNT.iter_unpack(written)]
+        if indices != sorted(set(indices)) or (indices and indices[-1] >= count):
+            raise AggregationError("a list of participants must be ascending, each once")
+        return Members(indices=frozenset(indices))
+
+
+def entries(layout: struct.Struct, written: bytes, count: int, *, most: int) -> dict[int, tuple[bytes, ...]]:
+    """Fixed-size entries that begin with a participant's index, by index. Raises AggregationError."""
+    if len(written) % layout.size or len(written) > most * layout.size:
+        raise AggregationError(
+            f"expected at most {most} entries of {layout.size} bytes, got {len(written)} bytes"
+        )
+    found = [(index, tuple(rest)) for index, *rest in layout.iter_unpack(written)]
+    if len(dict(found)) != len(found) or any(index >= count for index, _ in found):
+        raise AggregationError("an entry is of an unknown participant, or there are two of one")
+    return dict(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How vectors become integers modulo 2^32, with or without a share of distributed noise.
+
+    Raises:
+        AggregationError: A full sum does not fit the ring.
+        PrivacyError: The noise of a full sum does not fit it.
+    """
+
+    config: MaskedConfig
+    agreement: AggregationParameters
+    dp: DPParameters | None = None  # whose noise may be distributed
+
+    def __post_init__(self) -> None:
+        bits = self._quantiser.sum_bits
+        if bits > RING_BITS:
+            raise AggregationError(
+                f"sums of {self.agreement.max_devices} updates of {self.config.bits} bits take {bits} bits, more than "
+                f"{RING_BITS}; lower bits"
+            )
+
+    @cached_property
+    def _quantiser(self) -> Quantiser:
+        agreed = self.agreement
+        return Quantiser(
+            value_range=agreed.value_range, bits=self.config.bits, max_devices=agreed.max_devices
+        )
+
+    def _noise(self, length: int) -> DistributedNoise | None:
+        return None if self.dp is None else DistributedNoise.of(self.dp, length, self.agreement.max_devices)
+
+    def to_ring(self, update: Vector) -> Ring:
+        """An update (d,) on the grid; where noise is distributed, with this device's share, hence once.
+
+        Raises AggregationError if it is not a non-empty finite float vector.
+        """
+        noise = self._noise(len(finite_vector(update)))
+        integers = self._quantiser.quantise(update) if noise is None else noised_integers(update, noise)
+        return integers.astype(np.uint32)
+
+    def from_ring(self, total: Ring, count: int) -> Vector:
+        """The sum of `count` updates, float32, shape (d,). Raises AggregationError if it is not a possible one."""
+        noise = self._noise(len(total))
+        if noise is None:
+            return self._quantiser.dequantise_sum(total.astype(np.int64), count)
+        return from_sum(total.view(np.int32).astype(np.int64), noise)
+
+
+def message(exchange: str, *parts: bytes, length: int, round: int) -> Payload:
+    """One message of a masked sum."""
+    header: dict[str, PlainValue] = {"exchange": exchange, "length": length, "round": round, "count": 1}
+    return Payload(kind=KIND, header=header, parts=parts)
+
+
+def read_message(
+    written: bytes, exchange: str, parts: int | None, *, length: int, round: int
+) -> tuple[bytes, ...]:
+    """The parts, so many unless None, of a message of this exchange, round and length. Raises AggregationError."""
+    return message_parts(Payload.from_bytes(written), exchange, parts, length=length, round=round)
+
+
+def message_parts(
+    payload: Payload, exchange: str, parts: int | None, *, length: int, round: int
+) -> tuple[bytes, ...]:
+    """The same of a message that was read. Raises AggregationError."""
+    found = payload.header.get("exchange"), *same_shape([payload], KIND), len(payload.parts)
+    if found != (exchange, length, round, 1, len(payload.parts) if parts is None else parts):
+        raise AggregationError(
+            f"expected a message of the exchange {exchange!r} of round {round}, {parts} parts, vectors of {length}; "
+            f"got {found}"
+        )
+    return payload.parts
+
+
+def traffic(config: MaskedConfig, devices: int, length: int) -> tuple[int, int]:
+    """Bytes that one device sends and receives for one sum of vectors (`length`,) without dropouts, beside the weights.
+
+    A device receives as many shares as it gives, on average.
+    """
+    graph = mask_graph(devices, corrupt_share=config.corrupt_share, dropout_share=config.dropout_share)
+    partners, everybody = graph.partners, _COUNT.size * devices
+    signatures, senders = SIGNATURE.size * devices, SIGNATURE.size * partners
+    up = (
+        (_KEYS.size,),
+        (GIVEN.size * partners,),
+        (4 * length, SIGNATURE_BYTES),
+        (SIGNATURE_BYTES,),
+        (KEY_BYTES, SHARE.size * partners),
+    )
+    down = (_KEYS.size * devices,), (everybody, SEALED.size * partners), (everybody,), (signatures, senders)
+
+    def size(exchanges: tuple[str, ...], parts: tuple[tuple[int, ...], ...]) -> int:
+        named = zip(exchanges, parts, strict=True)
+        return sum(message(name, *map(bytes, each), length=length, round=1).nbytes for name, each in named)
+
+    return size(("keys", *EXCHANGES), up), size(EXCHANGES, down)

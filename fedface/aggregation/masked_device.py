@@ -1,0 +1,338 @@
+"""The device's side of a masked sum (masked.py): one secret per round, from which every answer follows.
+
+All keys, shares and masks are derived from 32 random bytes that are stored with the device's integers before anything
+leaves, so a device that restarts gives the same answers.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from fedface.aggregation.mask_graph import choose_partners
+from fedface.aggregation.masked import (
+    EXCHANGES,
+    GIVEN,
+    KEY_BYTES,
+    MAX_PARTICIPANTS,
+    SEALED,
+    SHARE,
+    SIGNATURE,
+    Grid,
+    KeyMessage,
+    Members,
+    Participants,
+    Ring,
+    add_mask,
+    derive,
+    digest,
+    entries,
+    message,
+    message_parts,
+    public_bytes,
+    read_message,
+    shared_secret,
+    verify,
+)
+from fedface.aggregation.payload import AggregationParameters, Exchange, MaskedConfig, Payload, SumContext
+from fedface.aggregation.shamir import SHARE_BYTES, split
+from fedface.codec import decode
+from fedface.errors import AggregationError
+from fedface.privacy.plan import DPParameters
+from fedface.tensor_types import Vector
+
+HONEST = "honest"
+_NONCE = bytes(12)  # each key encrypts one message
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedDevice:
+    """One device in one sum.
+
+    Guarantees, if at most `MaskGraph.corrupt` participants collude with the server:
+        * The server learns the sum over survivors, and nothing else about this device's vector.
+        * Each survivor's owner admits a sum of so few.
+    """
+
+    config: MaskedConfig
+    agreement: AggregationParameters
+    context: SumContext | None  # of `protect`; the answers take it from what is stored
+    signing: Ed25519PrivateKey
+    smallest_cohort: int  # that the owner admits
+    dp: DPParameters | None = None  # of `protect`, whose noise may be distributed
+
+    def protect(self, update: Vector, round: int) -> Payload:
+        """What stays on the device: a new secret, and the update (d,) as integers of the grid.
+
+        Raises AggregationError if the update is not finite or not a vector.
+        """
+        if self.context is None or self.context.round != round:
+            raise AggregationError(f"a vector of round {round} needs to know what its sum is of")
+        integers = Grid(config=self.config, agreement=self.agreement, dp=self.dp).to_ring(update)
+        secret = secrets.token_bytes(KEY_BYTES)
+        written = integers.astype("<u4").tobytes()
+        stored = message("stored", secret, written, length=len(integers), round=round)
+        honest = 0 if self.dp is None else self.dp.honest_devices
+        return replace(stored, header={**asdict(self.context), HONEST: honest, **stored.header})
+
+    def opening(self, stored: Payload) -> Payload:
+        """What is sent first: this device's keys for this sum."""
+        return self._sum(stored).keys()
+
+    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload | None) -> bytes:
+        """The answer to one exchange.
+
+        Args:
+            exchange: Which one.
+            requests: What was asked in it and in those before, one for each; another one must never be answered.
+            stored: What `protect` returned.
+
+        Raises:
+            AggregationError: A request is not one that an honest server sends; nothing may be sent.
+        """
+        if exchange not in EXCHANGES:
+            raise AggregationError(f"masked sums have no exchange {exchange!r}")
+        missing = [name for name in EXCHANGES[: EXCHANGES.index(exchange) + 1] if name not in requests]
+        if missing:
+            raise AggregationError(f"this device was not asked for {missing[0]!r} before {exchange!r}")
+        if stored is None:
+            raise AggregationError("this device has no vector of that round any more")
+        return self._sum(stored).answer(exchange, requests).to_bytes()
+
+    def _sum(self, stored: Payload) -> _DeviceSum:
+        secret, integers = message_parts(stored, "stored", 2, length=stored.length, round=stored.round)
+        context = decode(SumContext, {each.name: stored.header.get(each.name) for each in fields(SumContext)})
+        vector = np.frombuffer(integers, dtype="<u4")
+        honest = stored.whole(HONEST, least=0, most=MAX_PARTICIPANTS)
+        return _DeviceSum(device=self, context=context, honest=honest, secret=secret, vector=vector)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DeviceSum:
+    """One device's secrets of one sum."""
+
+    device: MaskedDevice
+    context: SumContext
+    honest: int  # how many devices' shares of noise the server must not know in the sum; 0: noise is complete
+    secret: bytes
+    vector: Ring
+
+    def _private(self, purpose: bytes) -> X25519PrivateKey:
+        return X25519PrivateKey.from_private_bytes(derive(self.secret, purpose, self.context.digest))
+
+    @cached_property
+    def encryption(self) -> X25519PrivateKey:
+        return self._private(b"encryption key")
+
+    @cached_property
+    def masking(self) -> X25519PrivateKey:
+        return self._private(b"masking key")
+
+    @cached_property
+    def own(self) -> bytes:
+        return derive(self.secret, b"own mask", self.context.digest)
+
+    def _message(self, exchange: str, *parts: bytes) -> Payload:
+        return message(exchange, *parts, length=len(self.vector), round=self.context.round)
+
+    @cached_property
+    def key_message(self) -> KeyMessage:
+        unsigned = KeyMessage(
+            device=public_bytes(self.device.signing),
+            encryption=public_bytes(self.encryption),
+            masking=public_bytes(self.masking),
+            smallest_cohort=self.device.smallest_cohort,
+        )
+        return unsigned.sign(self.device.signing, self.context)
+
+    def keys(self) -> Payload:
+        return self._message("keys", self.key_message.to_bytes())
+
+    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes]) -> Payload:
+        asked = {
+            name: read_message(
+                requests[name],
+                name,
+                {"shares": 1, "masked": 2, "survivors": 1, "reveal": 2}[name],
+                length=len(self.vector),
+                round=self.context.round,
+            )
+            for name in EXCHANGES[: EXCHANGES.index(exchange) + 1]
+        }
+        partners = _Partners(
+            own=self,
+            participants=Participants.from_bytes(asked["shares"][0], self.context, self.device.config),
+        )
+        if exchange == "shares":
+            return self._message(exchange, partners.shares())
+        included, received = partners.received(*asked["masked"])
+        if exchange == "masked":
+            signature = self.device.signing.sign(partners.participants.included_signed(included))
+            return self._message(exchange, partners.masked(included, received), signature)
+        survivors = partners.survivors(included, asked["survivors"][0])
+        if exchange == "survivors":
+            content = partners.participants.survivors_signed(included, survivors)
+            return self._message(exchange, self.device.signing.sign(content))
+        signed, masked = asked["reveal"]
+        partners.check_signatures(included, survivors, signed)
+        agreeing = partners.agreeing(included, masked)
+        return self._message(exchange, self.own, partners.revealed(survivors, agreeing, received))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Partners:
+    """One device among the participants of a sum."""
+
+    own: _DeviceSum
+    participants: Participants
+
+    @cached_property
+    def index(self) -> int:
+        """This device's index. Raises AggregationError if its keys are not in the list."""
+        keys = self.participants.keys
+        found = [index for index, each in enumerate(keys) if each == self.own.key_message]
+        if not found:
+            raise AggregationError("the list of participants does not have this device's keys")
+        return found[0]
+
+    @cached_property
+    def chosen(self) -> tuple[int, ...]:
+        """The partners that this device chooses, at random: these get its shares, the n-th the share n + 1."""
+        seed = derive(self.own.secret, b"partners", self.participants.digest)
+        everybody = self.participants
+        return choose_partners(len(everybody.keys), self.index, everybody.graph.partners, seed)
+
+    def shares(self) -> bytes:
+        """The encrypted shares of both secrets for the chosen partners."""
+        everybody, graph = self.participants, self.participants.graph
+        if everybody.fewest < everybody.smallest_cohort:
+            raise AggregationError(
+                f"of these {len(everybody.keys)} devices {everybody.fewest} may remain, fewer than the "
+                f"{everybody.smallest_cohort} that an owner demands; nothing was sent"
+            )
+        if graph.contributors < self.own.honest:
+            raise AggregationError(
+                f"a sum of these {len(everybody.keys)} devices may have the noise of only {graph.contributors} honest "
+                f"ones, {self.own.honest} are needed; nothing was sent"
+            )
+        context = everybody.context
+        for index in self.chosen:
+            everybody.keys[index].check(context)
+        both = [
+            split(
+                secret,
+                holders=len(self.chosen),
+                threshold=graph.threshold,
+                seed=derive(self.own.secret, b"polynomial " + name, everybody.digest),
+            )
+            for name, secret in (
+                (b"masking", self.own.masking.private_bytes_raw()),
+                (b"own", self.own.own),
+            )
+        ]
+        sealed = []
+        for number, (index, *pair) in enumerate(zip(self.chosen, *both, strict=True), start=1):
+            key = everybody.sealing_key(self.own.encryption, self.index, index, own=self.index)
+            plain = number.to_bytes(2, "big") + b"".join(pair)
+            checks = (digest(b"share", share) for share in pair)
+            sealed.append(GIVEN.pack(index, AESGCM(key).encrypt(_NONCE, plain, None), *checks))
+        return b"".join(sealed)
+
+    def received(self, listed: bytes, sealed: bytes) -> tuple[Members, dict[int, bytes]]:
+        """Those who gave shares, and what they gave this device, decrypted: number and both
+        shares, or nothing where a sender did not encrypt them for this device.
+
+        Raises:
+            AggregationError: The list is too short for this device, or a sender is not in it.
+        """
+        everybody = self.participants
+        included = Members.from_bytes(listed, len(everybody.keys))
+        helpers = included.indices & set(self.chosen)
+        if self.index not in included.indices or len(included.indices) < everybody.fewest:
+            raise AggregationError("too few participants have given shares")
+        if len(helpers) < everybody.graph.threshold:
+            raise AggregationError("too few of this device's partners have given shares")
+        opened: dict[int, bytes] = {}
+        found = entries(SEALED, sealed, len(everybody.keys), most=len(everybody.keys))
+        for sender, (ciphertext,) in found.items():
+            if sender == self.index or sender not in included.indices:
+                raise AggregationError("a share is of no one in the list")
+            everybody.keys[sender].check(everybody.context)
+            key = everybody.sealing_key(self.own.encryption, sender, self.index, own=self.index)
+            try:
+                opened[sender] = AESGCM(key).decrypt(_NONCE, ciphertext, None)
+            except InvalidTag:  # it harms its sender alone, whose vector needs the masks of all that it chose
+                opened[sender] = b""
+        return included, opened
+
+    def masked(self, included: Members, received: Mapping[int, bytes]) -> bytes:
+        """The vector with all masks, little-endian."""
+        everybody = self.participants
+        total = self.own.vector.astype(np.uint32)
+        add_mask(total, everybody.own_mask_key(self.own.own, included, self.index))
+        for other in sorted((included.indices & set(self.chosen)) | set(received)):
+            secret = shared_secret(self.own.masking, everybody.keys[other].masking)
+            key = everybody.mask_key(secret, included, self.index, other)
+            add_mask(total, key, subtract=other < self.index)
+        return total.astype("<u4").tobytes()
+
+    def survivors(self, included: Members, listed: bytes) -> Members:
+        """The survivors. Raises AggregationError if this device must not help to reveal their sum."""
+        survivors = Members.from_bytes(listed, len(self.participants.keys))
+        if self.index not in survivors.indices:
+            raise AggregationError("this device is not among the survivors")
+        self.participants.check_survivors(included, survivors)
+        return survivors
+
+    def check_signatures(self, included: Members, survivors: Members, written: bytes) -> None:
+        """Raises AggregationError unless enough survivors have signed these two lists."""
+        everybody = self.participants
+        content = everybody.survivors_signed(included, survivors)
+        signed = entries(SIGNATURE, written, len(everybody.keys), most=len(everybody.keys))
+        if not survivors.indices >= set(signed) or len(signed) < everybody.fewest:
+            raise AggregationError(
+                f"{len(signed)} participants have signed the list of survivors, {everybody.fewest} must"
+            )
+        for index, (signature,) in signed.items():
+            verify(
+                everybody.keys[index].device,
+                signature,
+                content,
+                "a participant has not signed these survivors",
+            )
+
+    def agreeing(self, included: Members, written: bytes) -> frozenset[int]:
+        """The participants that masked their vectors for the same list of those who gave shares.
+
+        Raises AggregationError if a signature is wrong.
+        """
+        everybody = self.participants
+        content = everybody.included_signed(included)
+        signed = entries(SIGNATURE, written, len(everybody.keys), most=len(everybody.keys))
+        for index, (signature,) in signed.items():
+            verify(
+                everybody.keys[index].device,
+                signature,
+                content,
+                "a participant has masked for other participants",
+            )
+        return frozenset(signed)
+
+    def revealed(self, survivors: Members, agreeing: frozenset[int], received: Mapping[int, bytes]) -> bytes:
+        """For each who gave this device shares: of a survivor that of its own mask, else that of its masking key."""
+        shown = []
+        for sender, plain in sorted(received.items()):
+            if not plain or (sender in survivors.indices and sender not in agreeing):
+                continue
+            number, masking, own = plain[:2], plain[2 : 2 + SHARE_BYTES], plain[2 + SHARE_BYTES :]
+            share = own if sender in survivors.indices else masking
+            shown.append(SHARE.pack(sender, number, share))
+        return b"".join(shown)

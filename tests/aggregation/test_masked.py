@@ -1,0 +1,434 @@
+"""Masked sums: the same as plain ones, whoever drops out, and nothing else for a server that deviates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedface.aggregation.masked import (
+    EXCHANGES,
+    SEALED,
+    SHARE,
+    SIGNATURE,
+    KeyMessage,
+    Members,
+    Participants,
+    add_mask,
+    digest,
+    message,
+    read_message,
+    traffic,
+)
+from fedface.aggregation.masked_device import MaskedDevice
+from fedface.aggregation.masked_server import MaskedServer
+from fedface.aggregation.payload import AggregationParameters, Exchange, MaskedConfig, Payload, SumContext
+from fedface.aggregation.rehearsal import rehearse
+from fedface.errors import AggregationError
+from fedface.tensor_types import Vector
+
+LENGTH = 50
+CONFIG = MaskedConfig()
+AGREEMENT = AggregationParameters(value_range=1.0, max_devices=64)
+CONTEXT = SumContext(run="run", round=3, sum_of="updates", model="model", terms="terms")
+KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number] * 32)) for number in range(64)]
+
+
+def device(number: int, **changes: object) -> MaskedDevice:
+    """One of 64 devices."""
+    one = MaskedDevice(
+        config=CONFIG, agreement=AGREEMENT, context=CONTEXT, signing=KEYS[number], smallest_cohort=2
+    )
+    return replace(one, **changes)  # type: ignore[arg-type]
+
+
+def vector(number: int) -> Vector:
+    """The update of a device, on the grid of 16 bits, so that sums are exact."""
+    steps = np.random.default_rng(number).integers(-32767, 32768, LENGTH)
+    return torch.from_numpy((steps / 32767).astype(np.float32))
+
+
+def server(stored: Path | None = None, config: MaskedConfig = CONFIG) -> MaskedServer:
+    """The server of the sum."""
+    return MaskedServer(config, AGREEMENT, CONTEXT, LENGTH, stored=stored)
+
+
+@dataclass
+class Sum:
+    """One sum of some devices that a test can disturb."""
+
+    devices: dict[int, MaskedDevice]
+    server: MaskedServer = field(default_factory=server)
+    tamper: Callable[[Exchange, int, bytes], bytes] = lambda exchange, member, content: content
+    answered: Callable[[Exchange, int, bytes], bytes] = lambda exchange, member, answer: answer
+    requests: dict[int, dict[Exchange, bytes]] = field(default_factory=dict)
+    errors: dict[tuple[Exchange, int], str] = field(default_factory=dict)
+    answers: dict[tuple[str, int], bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stored = {member: one.protect(vector(member), 3) for member, one in self.devices.items()}
+        self.requests = {member: {} for member in self.devices}
+
+    def run(self) -> torch.Tensor:
+        """The sum."""
+        for member, one in self.devices.items():
+            self.server.accept(member, one.opening(self.stored[member]), f"device {member}")
+        for request in self.server.exchanges():
+            for member, content in request.contents.items():
+                self.requests[member][request.exchange] = self.tamper(request.exchange, member, content)
+                try:
+                    answer = self.devices[member].answer(
+                        request.exchange, self.requests[member], self.stored[member]
+                    )
+                    self.answers[request.exchange, member] = answer
+                    request.receive(member, self.answered(request.exchange, member, answer))
+                except AggregationError as error:
+                    self.errors[request.exchange, member] = str(error)
+        return self.server.result().total
+
+
+def some(count: int) -> dict[int, MaskedDevice]:
+    """The first devices."""
+    return {number: device(number) for number in range(count)}
+
+
+def expected(*members: int) -> torch.Tensor:
+    """The plain sum."""
+    return torch.stack([vector(member).double() for member in members]).sum(0).float()
+
+
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(3, 14), exchange=st.sampled_from(EXCHANGES), seed=st.integers(0, 999))
+def test_a_sum_survives_a_third_of_dropouts_in_any_exchange(
+    count: int, exchange: Exchange, seed: int
+) -> None:
+    """It is the plain sum of those whose vectors arrived, exactly: their vectors are on the grid."""
+    gone = frozenset(int(n) for n in np.random.default_rng(seed).permutation(count)[: count // 3])
+    done = rehearse(server(), dict(some(count)), vector, 3, {exchange: gone})
+    left = set(range(count)) - (gone if exchange in ("shares", "masked") else frozenset())
+    assert done.result.members == left and done.result.count == len(left)
+    assert torch.allclose(done.result.total, expected(*sorted(left)), atol=1e-5)
+
+
+def test_a_sum_on_a_sparse_graph_survives_dropouts_in_every_exchange() -> None:
+    """Sixty devices, of which no device has all others as partners, and one is lost in each exchange."""
+    gone = {exchange: frozenset({7 * number}) for number, exchange in enumerate(EXCHANGES)}
+    server_side, devices = server(), dict(some(60))
+    done = rehearse(server_side, devices, vector, 3, gone)
+    assert server_side._participants().graph.partners < 59
+    assert done.result.members == set(range(60)) - {0, 7}
+    assert torch.allclose(done.result.total, expected(*sorted(done.result.members)), atol=1e-5)
+
+
+def test_the_traffic_of_a_device_is_what_the_plan_says() -> None:
+    """Every byte of every exchange, for a complete graph."""
+    done = rehearse(server(), dict(some(10)), vector, 3)
+    assert (done.bytes_up, done.bytes_down) == traffic(CONFIG, 10, LENGTH)
+
+
+def test_a_mask_is_the_keystream_of_aes_256_in_counter_mode() -> None:
+    """As 32-bit words, for a vector that ends in the middle of a block."""
+    total = np.ones(20_001, np.uint32)
+    add_mask(total, bytes(range(32)))
+    cipher = Cipher(algorithms.AES(bytes(range(32))), modes.CTR(bytes(16))).encryptor()
+    words = np.frombuffer(cipher.update(bytes(4 * 20_001)), dtype="<u4")
+    assert np.array_equal(total, words + np.uint32(1))
+    add_mask(total, bytes(range(32)), subtract=True)
+    assert np.array_equal(total, np.ones(20_001, np.uint32))
+
+
+def masked_part(one: Sum, member: int) -> np.ndarray:
+    """The masked vector of a member."""
+    written, _ = read_message(one.answers["masked", member], "masked", 2, length=LENGTH, round=3)
+    return np.frombuffer(written, dtype="<u4")
+
+
+def test_equal_vectors_look_unrelated_and_no_float_leaves() -> None:
+    """Every vector is zero; in the masked ones no number is repeated, and half of all bits are set."""
+    one = Sum(some(3))
+    one.stored = {member: each.protect(torch.zeros(LENGTH), 3) for member, each in one.devices.items()}
+    assert torch.equal(one.run(), torch.zeros(LENGTH))
+    words = np.concatenate([masked_part(one, member) for member in range(3)])
+    assert len(set(words.tolist())) == 3 * LENGTH
+    bits = np.unpackbits(words.view(np.uint8))
+    assert abs(bits.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(bits))
+
+
+@pytest.mark.parametrize("differs", ["model", "terms", "run", "round", "sum_of"])
+def test_devices_that_were_sent_something_else_have_no_sum_together(differs: str) -> None:
+    """Keys that were signed for another model, other terms, another round or sum are not accepted."""
+    other = replace(CONTEXT, **{differs: 9 if differs == "round" else "metrics"})
+    stranger = device(2, context=other)
+    opening = stranger.opening(stranger.protect(vector(2), other.round))
+    one = server()
+    with pytest.raises(AggregationError, match="not signed|expected a message"):
+        one.accept(2, opening, "device 2")
+
+
+def test_a_server_that_gives_devices_different_models_gets_noise() -> None:
+    """It re-signs nothing: it lets each device see the participants of its own model's sum, and adds what it gets.
+
+    Inconsistent models (Pasquini et al. 2022): two devices with another model, whose update alone is not zero.
+    """
+    others = {number: device(number, context=replace(CONTEXT, model="another")) for number in (2, 3)}
+    one, two = (
+        Sum(some(2) | {4: device(4)}),
+        Sum(others | {5: device(5, context=replace(CONTEXT, model="another"))}),
+    )
+    two.server = MaskedServer(CONFIG, AGREEMENT, replace(CONTEXT, model="another"), LENGTH)
+    one.run(), two.run()
+    mixed = masked_part(one, 0) + masked_part(two, 2)
+    plain = ((vector(0) + vector(2)).numpy() * 32767).round().astype(np.int64) + 2 * 32767
+    assert not np.array_equal(mixed.astype(np.int64), plain)
+
+
+def test_a_device_answers_for_one_list_of_participants_that_has_its_own_keys() -> None:
+    """A list without it, with another's key in its place, or with an entry that no one signed."""
+    one = Sum(some(4))
+
+    def without(exchange: Exchange, member: int, content: bytes) -> bytes:
+        if exchange != "shares" or member != 1:
+            return content
+        (listed,) = read_message(content, "shares", 1, length=LENGTH, round=3)
+        keys = Participants.from_bytes(listed, CONTEXT, CONFIG).keys
+        kept = tuple(each for each in keys if each.device != KEYS[1].public_key().public_bytes_raw())
+        return message(
+            "shares", b"".join(each.to_bytes() for each in kept), length=LENGTH, round=3
+        ).to_bytes()
+
+    one.tamper = without
+    one.run()
+    assert "does not have this device's keys" in one.errors["shares", 1]
+    assert one.server.result().members == {0, 2, 3}
+
+
+def forged(listed: bytes, member: int) -> bytes:
+    """A list in which the server has put its own keys in the place of a member's."""
+    keys = list(Participants.from_bytes(listed, CONTEXT, CONFIG).keys)
+    mine = device(9)
+    (own,) = read_message(
+        mine.opening(mine.protect(vector(9), 3)).to_bytes(), "keys", 1, length=LENGTH, round=3
+    )
+    device_key = KEYS[member].public_key().public_bytes_raw()
+    for index, each in enumerate(keys):
+        if each.device == device_key:
+            keys[index] = replace(KeyMessage.from_bytes(own), device=device_key)
+    return b"".join(each.to_bytes() for each in keys)
+
+
+def test_keys_that_a_device_did_not_sign_stop_the_others() -> None:
+    """The server in the middle: it gives device 0 its own keys as those of device 2."""
+    one = Sum(some(3))
+
+    def swap(exchange: Exchange, member: int, content: bytes) -> bytes:
+        if exchange != "shares" or member != 0:
+            return content
+        (listed,) = read_message(content, "shares", 1, length=LENGTH, round=3)
+        return message("shares", forged(listed, 2), length=LENGTH, round=3).to_bytes()
+
+    one.tamper = swap
+    one.run()
+    assert "not signed by it" in one.errors["shares", 0]
+    assert one.server.result().members == {1, 2}
+
+
+def test_a_sum_smaller_than_any_owner_admits_is_not_begun() -> None:
+    """One of four demands four, and one may drop out."""
+    devices = some(4) | {3: device(3, smallest_cohort=4)}
+    with pytest.raises(AggregationError, match="fewer than the 4"):
+        Sum(devices).run()
+
+
+def test_no_device_signs_or_reveals_a_sum_of_fewer_than_must_survive() -> None:
+    """The server names survivors of its choice: too few, one alone, or one that never masked its vector."""
+    for survivors in ({0}, {0, 1}, {0, 1, 2, 3, 4, 5}):
+        one = Sum(some(7))
+
+        def choose(exchange: Exchange, member: int, content: bytes, chosen: set[int] = survivors) -> bytes:
+            if exchange != "survivors":
+                return content
+            listed = Members(indices=frozenset(chosen)).to_bytes()
+            return message("survivors", listed, length=LENGTH, round=3).to_bytes()
+
+        def leave(exchange: Exchange, member: int, answer: bytes) -> bytes:
+            return b"" if exchange == "shares" and member == 6 else answer
+
+        one.tamper, one.answered = choose, leave
+        with pytest.raises(AggregationError, match="signed the list of survivors"):
+            one.run()
+        assert not any(exchange == "reveal" for exchange, _ in one.answers)
+
+
+def test_a_sum_without_enough_signatures_is_not_revealed() -> None:
+    """The server passes on fewer, forged ones, or those of another list."""
+    for forge in (lambda each: each[: SIGNATURE.size], lambda each: each[:-1] + b"\x00", lambda each: b""):
+        one = Sum(some(6))
+
+        def cut(
+            exchange: Exchange, member: int, content: bytes, change: Callable[[bytes], bytes] = forge
+        ) -> bytes:
+            if exchange != "reveal":
+                return content
+            signed, masked = read_message(content, "reveal", 2, length=LENGTH, round=3)
+            return message("reveal", change(signed), masked, length=LENGTH, round=3).to_bytes()
+
+        one.tamper = cut
+        with pytest.raises(AggregationError, match="cannot be removed"):
+            one.run()
+        assert not any(exchange == "reveal" for exchange, _ in one.answers)
+
+
+def test_the_masks_of_a_device_that_was_told_of_other_partners_are_not_revealed() -> None:
+    """The server tells device 0 that device 5 gave no shares, so that it masks without that partner.
+
+    No one reveals the mask of device 0, since it signed another list; its vector stays hidden and the sum closed.
+    """
+    one = Sum(some(6))
+    keys = sorted(range(6), key=lambda number: KEYS[number].public_key().public_bytes_raw())
+
+    def lie(exchange: Exchange, member: int, content: bytes) -> bytes:
+        if exchange != "masked" or member != 0:
+            return content
+        listed, sealed = read_message(content, "masked", 2, length=LENGTH, round=3)
+        hidden = keys.index(5)
+        members = Members(indices=Members.from_bytes(listed, 6).indices - {hidden})
+        left = b"".join(SEALED.pack(*entry) for entry in SEALED.iter_unpack(sealed) if entry[0] != hidden)
+        return message("masked", members.to_bytes(), left, length=LENGTH, round=3).to_bytes()
+
+    one.tamper = lie
+    one.run()
+    assert ("masked", 0) in one.answers and "has not signed the participants" in one.errors["masked", 0]
+    assert one.server.result().members == {1, 2, 3, 4, 5}
+    revealed = b"".join(answer for (exchange, _), answer in one.answers.items() if exchange == "reveal")
+    own = one.devices[0]._sum(one.stored[0]).own
+    assert own not in revealed
+
+
+def test_of_each_device_one_kind_of_share_is_revealed() -> None:
+    """Device 4 drops out: its masking key is revealed, and of the others their own masks."""
+    one = Sum(some(6))
+
+    def leave(exchange: Exchange, member: int, answer: bytes) -> bytes:
+        return b"" if exchange == "masked" and member == 4 else answer
+
+    one.answered = leave
+    total = one.run()
+    assert torch.allclose(total, expected(0, 1, 2, 3, 5), atol=1e-5)
+    revealed = [answer for (exchange, _), answer in one.answers.items() if exchange == "reveal"]
+    secrets = {member: each._sum(one.stored[member]) for member, each in one.devices.items()}
+    assert all(secrets[member].own in b"".join(revealed) for member in (0, 1, 2, 3, 5))
+    assert secrets[4].own not in b"".join(revealed)
+    for answer in revealed:
+        _, shares = read_message(answer, "reveal", 2, length=LENGTH, round=3)
+        assert len(shares) == 5 * SHARE.size  # one of each of the five others
+
+
+def test_a_device_that_gives_false_shares_harms_nobody_while_it_stays() -> None:
+    """Its shares are not those that it committed to: they are dropped, and it reveals its own mask itself."""
+    one = Sum(some(6))
+
+    def spoil(exchange: Exchange, member: int, answer: bytes) -> bytes:
+        if exchange != "shares" or member != 2:
+            return answer
+        (given,) = read_message(answer, "shares", 1, length=LENGTH, round=3)
+        return message("shares", given[:40] + bytes(20) + given[60:], length=LENGTH, round=3).to_bytes()
+
+    one.answered = spoil
+    assert torch.allclose(one.run(), expected(*range(6)), atol=1e-5)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("spoilt", ["empty", "noise", "cut", "another round", "another exchange"])
+def test_a_malformed_answer_costs_its_sender_alone(exchange: Exchange, spoilt: str) -> None:
+    """It is named with the reason, and the sum is that of the others, or of all whose vectors had arrived."""
+
+    def spoil(name: Exchange, member: int, answer: bytes) -> bytes:
+        if name != exchange or member != 1:
+            return answer
+        payload = Payload.from_bytes(answer)
+        match spoilt:
+            case "empty":
+                return b""
+            case "noise":
+                return np.random.default_rng(1).bytes(300)
+            case "cut":
+                return replace(payload, parts=(payload.parts[0][:-1], *payload.parts[1:])).to_bytes()
+            case "another round":
+                return replace(payload, header={**payload.header, "round": 2}).to_bytes()
+            case _:
+                return replace(payload, header={**payload.header, "exchange": "keys"}).to_bytes()
+
+    one = Sum(some(6), answered=spoil)
+    total = one.run()
+    left = {0, 2, 3, 4, 5} | ({1} if exchange in ("survivors", "reveal") else set())
+    assert (exchange, 1) in one.errors and one.server.result().members == left
+    assert torch.allclose(total, expected(*sorted(left)), atol=1e-5)
+
+
+@pytest.mark.parametrize("killed_in", EXCHANGES)
+def test_a_server_that_is_killed_in_any_exchange_continues_the_same_sum(
+    killed_in: Exchange, tmp_path: Path
+) -> None:
+    """Devices get the same requests again, in another order of members, and give the same answers."""
+    path = tmp_path / "sums" / "updates-003.sum"
+    first = Sum(some(6), server=server(path))
+
+    def kill(exchange: Exchange, member: int, content: bytes) -> bytes:
+        if exchange == killed_in and member == 3:
+            raise KeyboardInterrupt
+        return content
+
+    first.tamper = kill
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = Sum({member: first.devices[member] for member in (5, 4, 3, 2, 1, 0)}, server=server(path))
+    second.stored, asked_before = first.stored, first.requests
+    second.requests = {member: dict(asked) for member, asked in asked_before.items()}
+    assert torch.allclose(second.run(), expected(*range(6)), atol=1e-5)
+    for member, asked in asked_before.items():
+        assert {exchange: second.requests[member][exchange] for exchange in asked} == asked
+
+
+def test_a_sum_that_was_begun_admits_no_further_device(tmp_path: Path) -> None:
+    """After a restart, a device that had been late the first time."""
+    path = tmp_path / "sums" / "sum"
+    first = Sum(some(4), server=server(path))
+    first.tamper = lambda exchange, member, content: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    late = device(7)
+    with pytest.raises(AggregationError, match="begun without this device"):
+        server(path).accept(7, late.opening(late.protect(vector(7), 3)), "late")
+
+
+def test_one_signing_key_on_two_devices_is_named() -> None:
+    """A copied state folder: one vector must not count twice."""
+    one = server()
+    for member in range(2):
+        copy = device(5)
+        opening = copy.opening(copy.protect(vector(5), 3))
+        if member:
+            with pytest.raises(AggregationError, match="another device has the same signing key"):
+                one.accept(member, opening, "copy")
+        else:
+            one.accept(member, opening, "first")
+
+
+def test_sums_that_do_not_fit_the_ring_are_refused() -> None:
+    """24 bits for 1,000 devices take 34 bits."""
+    agreement = AggregationParameters(value_range=1.0, max_devices=1000)
+    with pytest.raises(AggregationError, match="more than 32"):
+        MaskedServer(MaskedConfig(bits=24), agreement, CONTEXT, LENGTH)
+
+
+def test_digests_of_parts_do_not_depend_on_where_they_are_cut() -> None:
+    """Each part is behind its length."""
+    assert digest(b"ab", b"c") != digest(b"a", b"bc")
