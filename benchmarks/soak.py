@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import io
 import json
 import os
@@ -44,8 +45,11 @@ import psutil
 
 from fedface.aggregation.homomorphic import HomomorphicKeys, make_keys
 from fedface.cli.device_join import Answers, device_join
+from fedface.coordinator.requests import round_config
+from fedface.device.client import handle_task
 from fedface.experiment import read_experiment
-from fedface.models.checkpoint import save_model
+from fedface.messages.messages import TrainTask
+from fedface.models.checkpoint import flatten_buffers, flatten_parameters, save_model, weights_hash
 from fedface.models.discriminator import DiscriminatorConfig
 from fedface.models.model import GanArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2Config
@@ -53,7 +57,9 @@ from fedface.photos.image_io import png_bytes
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import Attempt
 from fedface.randomness import Streams
+from fedface.simulation.devices import prepare, simulated_device
 from fedface.synthetic.faces import ToneMix, render, sample_faces
+from fedface.transport.client import prepare_torch
 
 RECIPE = """
 question: Does the server hold fifty devices?
@@ -164,14 +170,8 @@ class Soak:
 
     def prepare(self, at_least: int) -> None:
         """The server runs, and each device has joined by its invitation."""
-        architecture = GanArchitecture(
-            generator=StyleGAN2Config(
-                size=16, channel_base=64, channel_max=8, latent_width=64, style_width=16, mapping_layers=2
-            ),
-            discriminator=DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
-        )
         base, recipe = self.home / "base.safetensors", self.home / "soak.yaml"
-        save_model(base, build_model(architecture, Streams(5).generator("tiny")))
+        write_model(base)
         text = RECIPE.format(at_least=at_least, at_most=self.most, rounds=self.rounds, base=base)
         recipe.write_text(text)
         ports = [str(port) for port in free_ports(3)]
@@ -299,16 +299,43 @@ class Soak:
             self.forking.wait()
 
 
+def warm_up() -> None:
+    """Import what a device imports, much of it only when it trains: one simulated device answers one round."""
+    for name in ("transport.worker", "cli.device_start"):
+        import_module(f"fedface.{name}")
+    prepare_torch()
+    with tempfile.TemporaryDirectory() as home:
+        base, recipe = Path(home) / "base.safetensors", Path(home) / "warm.yaml"
+        write_model(base)
+        recipe.write_text(RECIPE.format(at_least=3, at_most=3, rounds=1, base=base))
+        devices = "{kind: synthetic-devices, light_fractions: [0.5, 0.5, 0.5], photos_per_device: 4}"
+        experiment = read_experiment(recipe, changes={"devices": devices, "privacy.delta": "0.1"})
+        prepare(experiment, Path(home))
+        model = experiment.start()
+        task = TrainTask(
+            run="warm", round=1, cohort=3, seed=0, config=round_config(experiment, experiment.plan(), model),
+            weights=flatten_parameters(*model.modules()), buffers=flatten_buffers(*model.modules()),
+            model=weights_hash(*model.modules()),
+        )  # fmt: skip
+        handle_task(task, simulated_device(experiment, 0, Path(home)))
+
+
+def write_model(path: Path) -> None:
+    """Networks of 16 px with some thousand weights."""
+    architecture = GanArchitecture(
+        generator=StyleGAN2Config(
+            size=16, channel_base=64, channel_max=8, latent_width=64, style_width=16, mapping_layers=2
+        ),
+        discriminator=DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
+    )
+    save_model(path, build_model(architecture, Streams(5).generator("tiny")))
+
+
 def fork_devices() -> None:
     """For each line on standard input, a device file and a log: fork a process that is that device; print its id."""
-    for name in (
-        "device.device",
-        "device.client",
-        "transport.client",
-        "transport.worker",
-        "cli.device_start",
-    ):
-        import_module(f"fedface.{name}")
+    warm_up()
+    gc.collect()
+    gc.freeze()  # a collection would change pages of what is imported here, and so copy them
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a device that ends leaves nothing behind
     for line in sys.stdin:
         file, log = json.loads(line)
