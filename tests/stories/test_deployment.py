@@ -272,7 +272,7 @@ def check_leave(server: Home, devices: list[Home], running: list[subprocess.Pope
     first.do(first.block(OWNER, "Back up and restore"))
     left = first.do(first.block(OWNER, "6. Leave"))
     assert "You have withdrawn from family" in left and "What stays: your photos" in left
-    assert not (first.folder / "fedface/state/sum.key").exists()
+    assert not (first.folder / "fedface/state/signing.key").exists()
 
 
 def check_rolled_back(device: Home) -> None:
@@ -287,7 +287,7 @@ def check_rolled_back(device: Home) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_three_devices_and_a_server_follow_the_pages_word_by_word(homes: list[Home]) -> None:
-    """Two rounds with TLS, node keys, encrypted sums and DP; each device records its releases."""
+    """Two rounds with TLS, node keys, masked sums and DP; each device records its releases."""
     server, *devices = homes
     nginx = server.entry != server.port
     server.do(server.block(OPERATOR, "1. Install"))
@@ -305,14 +305,7 @@ def test_three_devices_and_a_server_follow_the_pages_word_by_word(homes: list[Ho
         (join if nginx else register)(server, device)
         file = device.folder / "fedface" / "device.yaml"
         file.write_text(file.read_text().replace("# answer_seconds: 60", "answer_seconds: 5\nmax_photos: 10"))
-    keygen = devices[0].block(OWNER, "3. The key for the sums")
-    if not nginx:
-        family = server.folder / "fedface-server" / "family.yaml"
-        keygen = keygen.replace("--device ~/fedface/device.yaml", f"--experiment {family}")
-    devices[0].do(keygen)
-    for device in devices[1:]:
-        shutil.copy2(devices[0].folder / "fedface/state/sum.key", device.folder / "fedface/state/sum.key")
-        assert "Everything works." in device.do("fedface device check ~/fedface/device.yaml")
+        assert "Everything works." in device.do(device.block(OWNER, "3. Check"))
     waiting = [device.start(START, "device") for device in devices]
     assert "until `fedface device resume" in devices[1].do(devices[1].block(OWNER, "5. Pause"))
 
@@ -335,16 +328,16 @@ def test_three_devices_and_a_server_follow_the_pages_word_by_word(homes: list[Ho
         assert "403" in server.do(f"! FLWR_HOME=~ flwr run {hostile} fedface 2>&1")
 
     names = sorted(device.folder.name for device in devices)
-    assert "3 registered, 3 online" in server.do(server.block(OPERATOR, "8. Watch"))
+    assert "3 registered, 3 online" in server.do(server.block(OPERATOR, "7. Watch"))
     status = json.loads(server.do("fedface server status ~/fedface-server --json"))
     assert status["devices"] == dict.fromkeys(names, "online") and status["run"] is None
     # Stopped and continued by the same command.
-    run = server.start("exec " + server.block(OPERATOR, "7. Run"), "run")
+    run = server.start("exec " + server.block(OPERATOR, "6. Run"), "run")
     state = server.folder / "fedface-server/runs/family/state.json"
     until_true(state.exists, 120, "the run does not begin", homes)
-    server.do(server.block(OPERATOR, "9. Stop, report, revoke"))
+    server.do(server.block(OPERATOR, "8. Stop, report, revoke"))
     assert run.wait(60) == 1
-    run = server.start("exec " + server.block(OPERATOR, "7. Run"), "run")
+    run = server.start("exec " + server.block(OPERATOR, "6. Run"), "run")
     until_true(lambda: run.poll() is not None, 600, "the run does not end", homes)
     shown = (server.folder / "run.log").read_text()
     assert run.returncode == 0 and "round 2 of 2: 3 devices took part" in shown, shown
@@ -363,7 +356,7 @@ def test_three_devices_and_a_server_follow_the_pages_word_by_word(homes: list[Ho
 
     status = json.loads(server.do("fedface server status ~/fedface-server --json"))["run"]
     assert (status["state"], status["round"], sorted(status["participants"])) == ("finished", 2, names)
-    server.do(server.block(OPERATOR, "9. Stop, report, revoke", 1))
+    server.do(server.block(OPERATOR, "8. Stop, report, revoke", 1))
     assert "revoked" in server.do("fedface server devices ~/fedface-server | grep device-1")
 
     until_true(lambda: waiting[0].poll() is not None, 90, "the revoked device does not end", homes)
