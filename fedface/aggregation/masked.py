@@ -241,6 +241,14 @@ class Participants:
         """What a participant signs of the list of survivors."""
         return digest(b"fedface survivors", self.digest, included.to_bytes(), survivors.to_bytes())
 
+    def check_size(self) -> None:
+        """Raises AggregationError if an owner demands a larger sum than of all participants."""
+        if len(self.keys) < self.smallest_cohort:
+            raise AggregationError(
+                f"{len(self.keys)} devices gave keys, fewer than the {self.smallest_cohort} that an owner demands in a "
+                "sum; nothing was sent"
+            )
+
     def check_survivors(self, included: Members, survivors: Members) -> None:
         """Raises AggregationError if so few are left that a sum of them must not be revealed."""
         if not survivors.indices <= included.indices:

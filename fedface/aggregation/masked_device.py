@@ -213,11 +213,7 @@ class _Partners:
     def shares(self) -> bytes:
         """The encrypted shares of both secrets for the chosen partners."""
         everybody, graph = self.participants, self.participants.graph
-        if everybody.fewest < everybody.smallest_cohort:
-            raise AggregationError(
-                f"of these {len(everybody.keys)} devices {everybody.fewest} may remain, fewer than the "
-                f"{everybody.smallest_cohort} that an owner demands; nothing was sent"
-            )
+        everybody.check_size()
         if graph.contributors < self.own.honest:
             raise AggregationError(
                 f"a sum of these {len(everybody.keys)} devices may have the noise of only {graph.contributors} honest "

@@ -96,11 +96,7 @@ class MaskedServer:
         if not self._state.participants:
             ordered = sorted(self._keys.values(), key=lambda keys: keys.device)
             everybody = Participants(context=self._context, config=self._config, keys=tuple(ordered))
-            if everybody.fewest < everybody.smallest_cohort:
-                raise AggregationError(
-                    f"{len(ordered)} devices gave keys, of which {everybody.fewest} may remain: fewer than the "
-                    f"{everybody.smallest_cohort} that a device's owner demands"
-                )
+            everybody.check_size()
             self._state.participants = everybody.to_bytes()
             self._save()
         everybody = self._participants()

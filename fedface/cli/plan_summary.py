@@ -151,7 +151,7 @@ def _mask_lines(config: MaskedConfig, devices: int) -> Iterator[str]:
     yield (
         f"  masked: {len(EXCHANGES)} short exchanges after each round's training, each device with "
         f"{number_format.counted(graph.partners, 'partner')}; a sum survives "
-        f"{number_format.counted(graph.dropouts, 'dropout')}"
+        f"{number_format.counted(min(graph.dropouts, devices - config.min_devices), 'dropout')}"
     )
     secrecy, lost = graph.log2_secrecy_failure, graph.log2_correctness_failure
     failures = [

@@ -240,11 +240,17 @@ def test_keys_that_a_device_did_not_sign_stop_the_others() -> None:
     assert one.server.result().members == {1, 2}
 
 
-def test_a_sum_smaller_than_any_owner_admits_is_not_begun() -> None:
-    """One of four demands four, and one may drop out."""
-    devices = some(4) | {3: device(3, smallest_cohort=4)}
-    with pytest.raises(AggregationError, match="fewer than the 4"):
-        Sum(devices).run()
+def test_a_sum_smaller_than_any_owner_admits_is_not_revealed() -> None:
+    """One of four demands five: nothing begins. It demands four: their sum is revealed, and not that of three."""
+    with pytest.raises(AggregationError, match="fewer than the 5"):
+        Sum(some(4) | {3: device(3, smallest_cohort=5)}).run()
+    four = some(4) | {3: device(3, smallest_cohort=4)}
+    assert torch.allclose(Sum(four).run(), expected(*range(4)), atol=1e-5)
+    with pytest.raises(AggregationError, match="sum of 3 devices is not revealed: at least 4"):
+        Sum(
+            four,
+            answered=lambda exchange, member, answer: b"" if exchange == "masked" and not member else answer,
+        ).run()
 
 
 def test_no_device_signs_or_reveals_a_sum_of_fewer_than_must_survive() -> None:
