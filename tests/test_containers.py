@@ -1,6 +1,6 @@
 """The Dockerfiles and compose.yaml: built from the wheel with tested versions, without rights that they do not need.
 
-No container is built here; where Docker is, `docker compose build` does.
+No container is built; that needs a Docker daemon and the network.
 """
 
 from __future__ import annotations
