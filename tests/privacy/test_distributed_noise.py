@@ -21,6 +21,7 @@ from fedface.privacy.discrete_gaussian import DiscreteGaussian
 from fedface.privacy.distributed_noise import DistributedNoise, from_sum, noised_integers
 from fedface.privacy.plan import DPParameters, Schedule, make_plan
 from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy.releases import flatten_event
 from fedface.randomness import SecretNoise
 
 
@@ -192,17 +193,14 @@ def test_rounding_a_sum_once_costs_at_most_what_rounding_each_photo_does() -> No
 def test_per_photo_a_round_is_one_private_step_at_the_price_of_local_noise() -> None:
     """Amplified by sampling as before: the server sees sums in which every device's coins are secret."""
     schedule = Schedule(rounds=9, steps_per_round=1, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.3)
-    target = PrivacyTarget(epsilon=3.0, delta=1e-5, noise="distributed")
-    plan, local = (
-        make_plan(replace(target, noise=noise), schedule, honest_devices=honest)
-        for noise, honest in (("distributed", 4), ("local", 0))
-    )
-    assert (plan.noise_multiplier, plan.epsilon()) == (local.noise_multiplier, local.epsilon())
-    agreed = DistributedNoise.of(plan.dp_parameters, 50, 8)
+    local = DPParameters(schedule=schedule, noise_multiplier=1.2)
+    shared = replace(local, noise="distributed", honest_devices=4)
+    assert flatten_event(shared.event()) == flatten_event(local.event())
+    agreed = DistributedNoise.of(shared, 50, 8)
     assert agreed is not None and (agreed.unit, agreed.clip_norm) == ("photo", 0.3)
-    assert (plan.dp_parameters.noises_in_sum(8), local.dp_parameters.noises_in_sum(8)) == (2.0, 8.0)
+    assert (shared.noises_in_sum(8), local.noises_in_sum(8)) == (2.0, 8.0)
     with pytest.raises(ValueError, match="steps_per_round must be 1 with distributed noise per photo"):
-        replace(plan.dp_parameters, schedule=replace(schedule, steps_per_round=2))
+        replace(shared, schedule=replace(schedule, steps_per_round=2))
 
 
 def test_a_sum_of_noised_integers_is_the_sum_of_the_clipped_updates_with_the_noise_of_all_shares() -> None:
