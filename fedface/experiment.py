@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, assert_never
 
+from fedface.aggregation.mask_graph import mask_graph
 from fedface.aggregation.payload import (
     AggregationConfig,
     AggregationParameters,
@@ -301,10 +302,18 @@ class Experiment:
             )
 
     def _check_distributed(self, target: PrivacyTarget) -> None:
-        if self.aggregation.kind != "masked":
+        if not isinstance(self.aggregation, MaskedConfig):
             raise ValueError(
                 "aggregation must be masked with distributed noise, since a single update has too little noise to "
                 f"be seen by anyone; got {self.aggregation.kind}"
+            )
+        config, count = self.aggregation, self.devices.count
+        graph = mask_graph(count, corrupt_share=config.corrupt_share, dropout_share=config.dropout_share)
+        if graph.contributors < self.honest_devices:
+            raise ValueError(
+                f"aggregation: a sum of {count} devices may have the noise of only {graph.contributors} honest ones; "
+                f"min_devices={config.min_devices} with privacy.honest_fraction={target.honest_fraction:g} relies on "
+                f"{self.honest_devices}, so lower one of them"
             )
         if target.unit == "library":
             return

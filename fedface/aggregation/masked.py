@@ -322,7 +322,8 @@ class Grid:
             value_range=agreed.value_range, bits=self.config.bits, max_devices=agreed.max_devices
         )
 
-    def _noise(self, length: int) -> DistributedNoise | None:
+    def noise(self, length: int) -> DistributedNoise | None:
+        """What devices add to vectors (length,), if noise is distributed. Raises PrivacyError if it does not fit."""
         return None if self.dp is None else DistributedNoise.of(self.dp, length, self.agreement.max_devices)
 
     def to_ring(self, update: Vector) -> Ring:
@@ -330,13 +331,13 @@ class Grid:
 
         Raises AggregationError if it is not a non-empty finite float vector.
         """
-        noise = self._noise(len(finite_vector(update)))
+        noise = self.noise(len(finite_vector(update)))
         integers = self._quantiser.quantise(update) if noise is None else noised_integers(update, noise)
         return integers.astype(np.uint32)
 
     def from_ring(self, total: Ring, count: int) -> Vector:
         """The sum of `count` updates, float32, shape (d,). Raises AggregationError if it is not a possible one."""
-        noise = self._noise(len(total))
+        noise = self.noise(len(total))
         if noise is None:
             return self._quantiser.dequantise_sum(total.astype(np.int64), count)
         return from_sum(total.view(np.int32).astype(np.int64), noise)

@@ -58,9 +58,10 @@ class MaskedServer:
     ) -> None:
         """The sum of vectors (`length`,); one that was begun and is stored in that file is continued.
 
-        Raises AggregationError if the file is not one of this sum.
+        Raises AggregationError if the file is not one of this sum, PrivacyError if distributed noise does not fit it.
         """
         self._grid = Grid(config=config, agreement=agreement, dp=dp)
+        self._grid.noise(length)  # before a device is asked
         self._config, self._context, self._length, self._file = config, context, length, stored
         self._keys: dict[int, KeyMessage] = {}
         self._state = _Stored()

@@ -13,11 +13,12 @@ from fedface import number_format
 from fedface.aggregation.mask_graph import mask_graph
 from fedface.aggregation.masked import EXCHANGES
 from fedface.aggregation.masked import traffic as masked_traffic
-from fedface.aggregation.payload import HomomorphicConfig, MaskedConfig
+from fedface.aggregation.payload import HomomorphicConfig, MaskedConfig, fewest_summed
 from fedface.aggregation.protocols import DeviceKeys, device_sum, make_keys
 from fedface.experiment import EVALUATIONS, Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
 from fedface.models.checkpoint import flatten_parameters
 from fedface.number_format import format_delta
+from fedface.privacy.distributed_noise import DistributedNoise
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.public_data.device_photos import describe_devices
@@ -48,13 +49,22 @@ class Traffic:
 
 
 def measure_traffic(recipe: Experiment, plan: Plan) -> Traffic:
-    """Protect one zero update and one zero set of metrics, and count the bytes."""
+    """Protect one zero update and one zero set of metrics, and count the bytes.
+
+    Raises:
+        PrivacyError: Distributed noise does not fit masked sums.
+    """
     model = recipe.start()
     weights = flatten_parameters(*model.modules())
     zeros = torch.zeros_like(
         prepare_round(model, recipe.training, plan.dp_parameters, common_streams(0, 1)).ranges()
     )
     metrics = None if recipe.evaluation is None else torch.zeros(recipe.evaluation.metrics.width)
+    for dp, vector in ((plan.dp_parameters, zeros), (plan.evaluation, metrics)):
+        if dp is not None and vector is not None:
+            DistributedNoise.of(
+                dp, len(vector), recipe.agreement.max_devices
+            )  # which must fit sums of 32 bits
     up, down = _sum_traffic(recipe, zeros)
     return Traffic(
         weights=len(weights),
@@ -136,6 +146,7 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
         )
     if isinstance(recipe.aggregation, MaskedConfig):
         yield from _mask_lines(recipe.aggregation, recipe.devices.count)
+        yield from _noise_lines(recipe, plan)
     if traffic.bytes_decrypted:
         yield (
             "  and, from one device that holds the key: each decrypted sum, "
@@ -164,6 +175,18 @@ def _mask_lines(config: MaskedConfig, devices: int) -> Iterator[str]:
         f"{number_format.counted(graph.corrupt, 'device')} of these {devices} collude with the server, or the server "
         f"makes devices up{''.join(f'; a sum {failure}' for failure in failures)}"
     )
+
+
+def _noise_lines(recipe: Experiment, plan: Plan) -> Iterator[str]:
+    """How much noise the sum has if all devices are in it, beside what the guarantee needs."""
+    honest, devices = plan.honest_devices, recipe.devices.count
+    if honest:
+        fewest = fewest_summed(recipe.aggregation, devices)
+        yield (
+            f"  the sum of all {devices} has {devices / honest:.3g} times the noise variance that the guarantee needs, "
+            f"since a sum may have only {fewest}, of which {honest} are taken to be honest (aggregation.min_devices, "
+            "privacy.honest_fraction)"
+        )
 
 
 def can_list_devices(recipe: Experiment, *, photos_given: bool) -> bool:

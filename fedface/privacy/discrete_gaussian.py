@@ -20,8 +20,9 @@ proportional to phi_v(k):
 
 Wherever v w / (v + w), v w / (v + c^2 w) and s are at least `SMOOTHING` = 8, each factor differs from 1 by less than
 2^-225, and a table differs from its distribution by less than 2^-235 in total variation. Over 2^70 samples the
-distance from the Gaussian mechanism stays below 2^-150; times e^epsilon, for every epsilon up to 70, that lies far
-below the 1e-12 of delta that the accountant sets aside.
+distance from the Gaussian mechanism stays below 2^-150; times e^epsilon, for every epsilon up to 70, that is less than
+2e-15 of delta. The accountant sets 1e-12 of delta aside; a privacy filter, which sets nothing aside, holds at so much
+more delta.
 """
 
 from __future__ import annotations

@@ -92,9 +92,10 @@ def adjacency(dp: DPParameters) -> str:
             "The guarantee compares a run with one in which a device's library is empty: both give any model with "
             f"nearly the same probability. {seen}"
         )
+    seen = "sum over devices" if dp.noise == "distributed" else "update"
     return (
         f"The guarantee compares a device's library with the same library without one {dp.unit}: "
-        "both give any update with nearly the same probability."
+        f"both give any {seen} with nearly the same probability."
     )
 
 
@@ -104,7 +105,7 @@ def meaning(value: Epsilon, dp: DPParameters) -> str:
     seen = {
         "local": "leaves a device",
         "central": "is published by the server, which adds the noise",
-        "distributed": "the server receives, which are sums behind masks",
+        "distributed": "the server can read, the sums over devices",
     }[dp.noise]
     sentence = (
         f"Someone with a prior of 50{number_format.SPACE}% that a given {value.unit} was used, who sees everything "
