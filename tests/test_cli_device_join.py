@@ -382,6 +382,30 @@ def test_only_an_owner_decides_to_trust_a_server_with_numbers_without_noise(  # 
     assert (policy.trust_server, policy.unit, policy.protocols) == (True, "library", ("plain",))
 
 
+def test_joining_a_run_with_distributed_noise_trusts_no_server_and_as_few_devices_as_it_needs(  # type: ignore[no-untyped-def]
+    fedface, server: FakeServer, invite: Invite, home: Path, tmp_path: Path
+) -> None:
+    """Two of three: the owner reads it before joining, and the device file says it."""
+    terms = {
+        "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, noise: distributed, "
+        "honest_fraction: 0.67}",
+        "aggregation": "{kind: masked, min_devices: 3, dropout_share: 0}",
+        "devices": "{kind: synthetic-devices, light_fractions: [0.9, 0.5, 0.1], photos_per_device: 8}",
+        "min_responses": "3",
+    }
+    plan = run_plan(tiny_experiment(tmp_path / "recipe", terms)).signed(OPERATOR)
+    server.plan, code = plan.to_bytes(), replace(invite, plan=bytes.fromhex(plan.hash)).code()
+    joined = fedface("join", code, "--yes", "--no-service")
+    shown = " ".join(joined.out.split())
+    assert (
+        joined.code == 0 and "a share of the noise, of which 2 devices in each sum must add theirs" in shown
+    )
+    policy = read_device_config(home / "fedface" / "device.yaml").policy
+    assert (policy.trust_server, policy.honest_fraction, policy.protocols) == (False, 0.67, ("masked",))
+    (listed,) = json.loads(fedface("plans", "--json").out)
+    assert listed["fits"] is True
+
+
 def test_the_key_for_sums_follows_from_the_admitted_plan(  # type: ignore[no-untyped-def]
     fedface, server: FakeServer, invite: Invite, home: Path
 ) -> None:
