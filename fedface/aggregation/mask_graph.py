@@ -14,26 +14,27 @@ out. The protocol has to guarantee that
       round, so that two lists would need 2 T <= n + C;
     * only holders in S answer, with a share of the self-mask for a device in S and of the masking key for the others.
 
+Which mask edges are certain: if i chose j, i adds their mask. j adds it only if the server passes on i's share, as it
+learns from nothing else that i chose it. The server cannot remove the mask from i; if it withholds the share, the mask
+cancels nowhere and no sum with i opens. So a sum opens over a set Y of honest survivors only if Y is closed: every
+honest survivor that a member of Y chose is in Y. Shares of the others can be withheld from Y, so that edges towards Y
+do not count. Of two such sums that open, either no device is in both or one is the sum of the other and a third.
+
 Secrecy, with H = n - C honest devices and N = n - 1. It fails only if one of these happens:
 
     (a) Some honest device has t corrupt holders: H P[Hyper(N, C, K) >= t].
-    (b) A set A of honest survivors, no more than half of them, shares no mask with the other honest survivors, and its
-        self-masks open. A living holder among the others would be a mask edge, so that each member of A has t of its K
-        holders in A or corrupt; and all honest devices outside A that chose one of A have dropped out.
-        Choices are independent, so that for a = |A|, with the binomial coefficient as the number of sets A,
-            C(H, a) P[Hyper(N, a - 1 + C, K) >= max(t, K - d_a)]^a P[Binomial(H - a, 1 - u) <= d_a].
-        u = C(N - a, K) / C(N, K) is the probability that a device chooses none of A. As the other half has at least a
-        members, at most d_a = min(d, H - 2 a) devices outside A dropped out, and only they are further holders.
-    (c) Such a set A, open or not, has more than `isolated` members. Its probability is at most (b) without t, and at
-        most another bound: the devices outside A that are adjacent to it by either direction number at most d_a. A
-        device is not adjacent with probability u (1 - K / N)^a; adjacency is negatively associated (Joag-Dev & Proschan
-        1983: choices without replacement, and increasing functions of disjoint variables), so that Chernoff's bound
-        holds as for independent trials:
-            C(H, a) exp(-(H - a) KL(d_a / (H - a) || 1 - u (1 - K / N)^a)).
+    (b) A sum opens without a set X of more than `isolated` honest survivors. Let D be the honest devices that dropped
+        out, Y the others, x = |X| and y = |Y| = H - x - |D|. Shrinking X in favour of D changes no condition on Y, so
+        that it suffices to bound x = isolated + 1 with any |D| <= d, and every larger x with |D| = d. For the sets X:
+        all honest devices outside X that chose one of X are in D, and choices are independent, so that at most
+            C(H, x) P[Binomial(H - x, 1 - u) <= d],  u = C(N - x, K) / C(N, K),
+        by Chernoff's bound. For the sets Y, where |D| = d: each member has t of its K holders in Y or corrupt, as it
+        chose none of X and those in D do not answer, and at most d holders in D, so that at most
+            C(H, y) P[Hyper(N, y - 1 + C, K) >= max(t, K - d)]^y.
+        The smaller bound counts. `isolated` is less than half of the honest survivors, so that two sums cannot open.
 
-    The binomial tail in (b) has the same Chernoff bound, and (c) bounds (b) too. Sums run over a <= H / 2. Unless one
-    of them happens, what opens is one sum, over all honest survivors but at most `isolated`: the server can exclude
-    so many devices from the sum by dropping all their neighbours, and does not learn their values.
+Unless one of them happens, what opens is one sum, over all honest survivors but at most `isolated`: the server can
+exclude so many devices from the sum by dropping all others that chose them, and does not learn their values.
 
 Correctness: with d devices dropped at random, some device has fewer than t holders alive: at most
 n P[Hyper(N, d, K) > K - t]. A corrupt device that does not answer counts as dropped; a server that deviates can always
@@ -108,7 +109,7 @@ class MaskGraph:
 
     @property
     def isolated(self) -> int:
-        """How many honest survivors the server can exclude from the sum, at most, by dropping all their neighbours."""
+        """How many honest survivors the server can exclude from the sum, at most, by dropping all that chose them."""
         return self._parts[0]
 
     @cached_property
@@ -124,38 +125,35 @@ class MaskGraph:
 
     @cached_property
     def _parts(self) -> tuple[int, float]:
-        """(`isolated`, log of the bounds (b) and (c)); half of the failure probability allowed is for (c)."""
+        """(`isolated`, log of the bound (b)); half of the failure probability allowed is for (b)."""
         others, honest = self.devices - 1, self.devices - self.corrupt
-        a = np.arange(1, honest // 2 + 1)
-        outside = honest - a
-        dropped = np.minimum(self.dropouts, honest - 2 * a)
-        chosen_by_none = _log_binomial(others - a, self.partners) - _log_binomial(others, self.partners)
-        with np.errstate(divide="ignore"):
-            chooses_none = a * np.log1p(-self.partners / others)
-        sets = _log_binomial(honest, a)
-        separate = sets + _log_few(dropped, outside, chosen_by_none + chooses_none)
-        # Alive holders are in A or corrupt, so that at most d_a of the K are elsewhere. Large graphs: mostly no limit.
-        inside = np.maximum(self.partners - dropped, 0)
-        chosen_by_few = sets + _log_few(dropped, outside, chosen_by_none)
-        limited = inside > 0
-        few = chosen_by_few[limited] + self._log_holders(a[limited], inside[limited])
-        separate[limited] = np.minimum(separate[limited], few)
-        from_a = np.logaddexp.accumulate(separate[::-1])[::-1]
-        isolated = int((from_a > (LOG2_SECRECY - 1) * math.log(2)).sum())
-        small = slice(0, isolated)
-        least = np.maximum(inside[small], self.threshold)
-        opened = np.minimum(separate[small], chosen_by_few[small] + self._log_holders(a[small], least))
-        bounds = np.concatenate([opened, from_a[isolated : isolated + 1]])
-        return isolated, float(np.logaddexp.reduce(bounds, initial=-np.inf))
-
-    def _log_holders(self, a: Counts, least: Counts) -> Logs:
-        """log of the probability that each of `a` devices has `least` of its holders among them or corrupt."""
-        tails = _log_tail(self.devices - 1, a - 1 + self.corrupt, self.partners)
-        return np.asarray(a * np.take_along_axis(tails, least[:, None], axis=1)[:, 0])
+        limit = (LOG2_SECRECY - 1) * math.log(2)
+        x = np.arange(1, honest - self.dropouts)
+        if not x.size:  # a sum of one honest device lacks no other
+            return 0, -math.inf
+        choose_none = _log_binomial(others - x, self.partners) - _log_binomial(others, self.partners)
+        apart = _log_binomial(honest, x) + _log_few(np.array(self.dropouts), honest - x, choose_none)
+        opened = apart.copy()
+        weak = apart > 2 * limit  # the second bound takes longer and is of no use elsewhere
+        y = honest - self.dropouts - x[weak]
+        tails = _log_tail(others, y - 1 + self.corrupt, self.partners)
+        least = max(self.threshold, self.partners - self.dropouts)
+        opened[weak] = np.minimum(apart[weak], _log_binomial(honest, y) + y * tails[:, least])
+        larger = np.append(np.logaddexp.accumulate(opened[::-1])[::-1][1:], -np.inf)
+        bounds = np.logaddexp(apart, larger)[: (x.size + 2) // 2]  # for isolated = 0, 1, ... < survivors / 2
+        enough = np.flatnonzero(bounds <= limit)
+        isolated = int(enough[0]) if enough.size else len(bounds) - 1
+        return isolated, float(bounds[isolated])
 
 
 @lru_cache(maxsize=64)
-def mask_graph(devices: int, *, corrupt_share: float = 0.1, dropout_share: float | None = None) -> MaskGraph:
+def mask_graph(
+    devices: int,
+    *,
+    corrupt: int | None = None,
+    corrupt_share: float = 0.1,
+    dropout_share: float | None = None,
+) -> MaskGraph:
     """The graph with the fewest partners whose secrecy fails with probability 2^-40, correctness with 2^-20, at most.
 
     Fewer than 40 devices, or so many partners that hardly any pair is left out, form a complete graph, where neither
@@ -163,8 +161,10 @@ def mask_graph(devices: int, *, corrupt_share: float = 0.1, dropout_share: float
 
     Args:
         devices: n, 2..10,000.
-        corrupt_share: of the devices that collude with the server, in [0, 1). `MaskGraph.corrupt` is lower than this
-            share where two lists of survivors could be signed otherwise: C <= 2 T - n - 1.
+        corrupt: C, how many devices collude with the server, at least 0. A graph bears min(2 T - n - 1, T - 2): more
+            could sign two lists of survivors, or hold enough shares in the complete graph. Default: by `corrupt_share`.
+        corrupt_share: of the devices, in [0, 1), for the default of C = max(1, floor(corrupt_share n)), or as many as
+            the graph bears if these are fewer.
         dropout_share: of the devices that may drop out, in [0, 0.5); default 1/3 below 40 devices, else 0.1.
 
     Returns:
@@ -172,16 +172,29 @@ def mask_graph(devices: int, *, corrupt_share: float = 0.1, dropout_share: float
 
     Raises:
         RangeError: an argument is out of its range.
+        AggregationError: so few devices cannot bear `corrupt` colluders.
     """
     check("devices", Annotated[int, In(f"[2, {MAX_DEVICES}]")], devices)
     check("corrupt_share", Annotated[float, In("[0, 1)")], corrupt_share)
+    if dropout_share is not None:
+        check("dropout_share", Annotated[float, In("[0, 0.5)")], dropout_share)
+    most = _most_corrupt(devices, dropout_share)
+    if corrupt is None:
+        corrupt = min(max(1, _floor(devices * corrupt_share)), most)
+    check("corrupt", Annotated[int, AtLeast(0)], corrupt)
+    if corrupt > most:
+        larger = range(devices + 1, MAX_DEVICES + 1)
+        fewest = next((n for n in larger if _most_corrupt(n, dropout_share) >= corrupt), None)
+        expected = (
+            f"at least {fewest} devices for {corrupt} colluders" if fewest else f"at most {most} colluders"
+        )
+        raise AggregationError(
+            f"expected {expected}, got {devices} devices and {corrupt} colluders; "
+            "allow fewer colluders or fewer dropouts, or wait for more devices"
+        )
     complete = devices < COMPLETE_BELOW
-    if dropout_share is None:
-        dropout_share = DROPOUT_SHARE_COMPLETE if complete else DROPOUT_SHARE_SPARSE
-    check("dropout_share", Annotated[float, In("[0, 0.5)")], dropout_share)
-    dropouts = _floor(devices * dropout_share)
+    dropouts = _dropouts(devices, dropout_share)
     signatures = devices - dropouts
-    corrupt = min(_floor(devices * corrupt_share), 2 * signatures - devices - 1, signatures - 2)
     for partners in range(1, 1 if complete else devices - 1):
         lost = math.log(devices) + _log_tail(devices - 1, np.array(dropouts), partners)
         threshold = partners + 1 - int(np.argmax(lost <= LOG2_CORRECTNESS * math.log(2)))
@@ -232,6 +245,19 @@ def _words(seed: bytes) -> Iterator[int]:
     for number in counter():
         digest = hashlib.shake_256(_DOMAIN + seed + number.to_bytes(8, "big")).digest(8)
         yield int.from_bytes(digest, "big")
+
+
+def _dropouts(devices: int, share: float | None) -> int:
+    """d, for the default share where it is None."""
+    if share is None:
+        share = DROPOUT_SHARE_COMPLETE if devices < COMPLETE_BELOW else DROPOUT_SHARE_SPARSE
+    return _floor(devices * share)
+
+
+def _most_corrupt(devices: int, dropout_share: float | None) -> int:
+    """The largest C with which no two lists can be signed and T - 1 holders are never all corrupt."""
+    signatures = devices - _dropouts(devices, dropout_share)
+    return min(2 * signatures - devices - 1, signatures - 2)
 
 
 def _floor(number: float) -> int:
