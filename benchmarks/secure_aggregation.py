@@ -55,7 +55,7 @@ class Cost:
 def measure(config: AggregationConfig, vector: torch.Tensor, devices: int, dropouts: float) -> Cost:
     """One sum of so many devices, of which a fraction is lost before it sends its masked vector."""
     agreement = AggregationParameters(value_range=RANGE, max_devices=devices)
-    context = SumContext(run="benchmark", round=1, sum_of="updates", model="", terms="")
+    context = SumContext(run="benchmark", round=1, sum_of="updates", model="", terms="", cohort=devices)
     shared = make_keys(config, agreement)
     members = {
         member: device_sum(

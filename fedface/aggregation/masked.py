@@ -26,6 +26,7 @@ exist: one that makes up more participants than that can open the sum of the oth
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,7 @@ from fedface.aggregation.payload import (
 )
 from fedface.aggregation.quantisation import Quantiser, finite_vector
 from fedface.aggregation.shamir import SHARE_BYTES
+from fedface.codec import encode
 from fedface.errors import AggregationError
 from fedface.privacy.distributed_noise import RING_BITS, DistributedNoise, from_sum, noised_integers
 from fedface.privacy.plan import DPParameters
@@ -61,7 +63,7 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 MAX_PARTICIPANTS = 1 << 14
 _AT_ONCE = 1 << 16  # bytes of a mask that stay in the processor's cache
-_KEYS = struct.Struct(f">{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}sI{SIGNATURE_BYTES}s")
+_KEYS = struct.Struct(f">{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}s32sI{SIGNATURE_BYTES}s")
 _COUNT = struct.Struct(">I")
 SEALED = struct.Struct(
     f">I{2 + 2 * SHARE_BYTES + 16}s"
@@ -78,6 +80,11 @@ Ring = np.ndarray  # uint32, shape (d,): integers modulo 2^32
 def digest(*parts: bytes) -> bytes:
     """SHA-256 over parts of any length, each behind its length."""
     return hashlib.sha256(b"".join(_COUNT.pack(len(part)) + part for part in parts)).digest()
+
+
+def settings(*values: object) -> bytes:
+    """SHA-256 of public settings, such as the aggregation of a run."""
+    return digest(json.dumps(encode(list(values)), sort_keys=True).encode())
 
 
 def derive(secret: bytes, purpose: bytes, *bound_to: bytes) -> bytes:
@@ -116,12 +123,21 @@ class KeyMessage:
     device: bytes  # its long-term public key, Ed25519
     encryption: bytes  # X25519: shares to this device
     masking: bytes  # X25519: masks with this device
+    own_mask: bytes  # digest of the secret of its own mask, against which that is checked
     smallest_cohort: int
     signature: bytes = b""
 
     def _signed(self, context: SumContext) -> bytes:
         smallest = _COUNT.pack(self.smallest_cohort)
-        return digest(b"fedface keys", context.digest, self.device, self.encryption, self.masking, smallest)
+        return digest(
+            b"fedface keys",
+            context.digest,
+            self.device,
+            self.encryption,
+            self.masking,
+            self.own_mask,
+            smallest,
+        )
 
     def sign(self, signing: Ed25519PrivateKey, context: SumContext) -> KeyMessage:
         """The same with this device's signature."""
@@ -138,18 +154,21 @@ class KeyMessage:
 
     def to_bytes(self) -> bytes:
         """Fixed length."""
-        return _KEYS.pack(self.device, self.encryption, self.masking, self.smallest_cohort, self.signature)
+        return _KEYS.pack(
+            self.device, self.encryption, self.masking, self.own_mask, self.smallest_cohort, self.signature
+        )
 
     @staticmethod
     def from_bytes(written: bytes) -> KeyMessage:
         """Inverse of `to_bytes`; raises AggregationError for another length."""
         if len(written) != _KEYS.size:
             raise AggregationError(f"keys of a participant take {_KEYS.size} bytes, got {len(written)}")
-        device, encryption, masking, smallest, signature = _KEYS.unpack(written)
+        device, encryption, masking, own_mask, smallest, signature = _KEYS.unpack(written)
         return KeyMessage(
             device=device,
             encryption=encryption,
             masking=masking,
+            own_mask=own_mask,
             smallest_cohort=smallest,
             signature=signature,
         )
@@ -197,16 +216,21 @@ class Participants:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the list and of what the sum is of."""
-        return digest(b"participants", self.context.digest, self.to_bytes())
+        return digest(b"participants", self.context.digest, settings(self.config), self.to_bytes())
 
     @cached_property
     def graph(self) -> MaskGraph:
-        """How many partners and which threshold a list of this length has."""
-        return mask_graph(
-            len(self.keys),
-            corrupt_share=self.config.corrupt_share,
-            dropout_share=self.config.dropout_share,
+        """How many partners and which threshold a list of this length has.
+
+        As many participants may collude as `fedface plan` says of all that were asked, however short the list is.
+
+        Raises AggregationError if a list as short as this cannot bear so many.
+        """
+        config = self.config
+        planned = mask_graph(
+            self.context.cohort, corrupt_share=config.corrupt_share, dropout_share=config.dropout_share
         )
+        return mask_graph(len(self.keys), corrupt=planned.corrupt, dropout_share=config.dropout_share)
 
     @property
     def fewest(self) -> int:

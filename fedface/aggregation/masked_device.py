@@ -39,6 +39,7 @@ from fedface.aggregation.masked import (
     message_parts,
     public_bytes,
     read_message,
+    settings,
     shared_secret,
     verify,
 )
@@ -49,7 +50,8 @@ from fedface.errors import AggregationError
 from fedface.privacy.plan import DPParameters
 from fedface.tensor_types import Vector
 
-HONEST = "honest"
+HONEST, SMALLEST, SETTINGS = "honest", "smallest_cohort", "settings"  # in the header of what is stored
+MAX_COHORT = (1 << 32) - 1
 _NONCE = bytes(12)  # each key encrypts one message
 
 
@@ -81,13 +83,24 @@ class MaskedDevice:
         written = integers.astype("<u4").tobytes()
         stored = message("stored", secret, written, length=len(integers), round=round)
         honest = 0 if self.dp is None else self.dp.honest_devices
-        return replace(stored, header={**asdict(self.context), HONEST: honest, **stored.header})
+        kept = {
+            **asdict(self.context), HONEST: honest, SMALLEST: self.smallest_cohort, SETTINGS: self._settings.hex()
+        }  # fmt: skip
+        return replace(stored, header={**kept, **stored.header})
+
+    @property
+    def _settings(self) -> bytes:
+        return settings(self.config, self.agreement)
 
     def opening(self, stored: Payload) -> Payload:
         """What is sent first: this device's keys for this sum."""
-        return self._sum(stored).keys()
+        return stored if stored.header.get("exchange") == "keys" else self._sum(stored).keys()
 
-    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload | None) -> bytes:
+    def closed(self, stored: Payload) -> Payload:
+        """What stays after the last exchange: the keys alone. Whoever takes the device later reads no update."""
+        return self.opening(stored)
+
+    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload) -> bytes:
         """The answer to one exchange.
 
         Args:
@@ -103,16 +116,25 @@ class MaskedDevice:
         missing = [name for name in EXCHANGES[: EXCHANGES.index(exchange) + 1] if name not in requests]
         if missing:
             raise AggregationError(f"this device was not asked for {missing[0]!r} before {exchange!r}")
-        if stored is None:
-            raise AggregationError("this device has no vector of that round any more")
         return self._sum(stored).answer(exchange, requests).to_bytes()
 
     def _sum(self, stored: Payload) -> _DeviceSum:
         secret, integers = message_parts(stored, "stored", 2, length=stored.length, round=stored.round)
         context = decode(SumContext, {each.name: stored.header.get(each.name) for each in fields(SumContext)})
         vector = np.frombuffer(integers, dtype="<u4")
-        honest = stored.whole(HONEST, least=0, most=MAX_PARTICIPANTS)
-        return _DeviceSum(device=self, context=context, honest=honest, secret=secret, vector=vector)
+        if stored.header.get(SETTINGS) != self._settings.hex():
+            raise AggregationError("this sum is asked for with other settings than its vectors were")
+        smallest = stored.whole(SMALLEST, least=0, most=MAX_COHORT)
+        if self.smallest_cohort > smallest:
+            raise AggregationError("the owner demands larger sums than when this vector was computed")
+        return _DeviceSum(
+            device=self,
+            context=context,
+            honest=stored.whole(HONEST, least=0, most=MAX_PARTICIPANTS),
+            smallest_cohort=smallest,
+            secret=secret,
+            vector=vector,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +144,7 @@ class _DeviceSum:
     device: MaskedDevice
     context: SumContext
     honest: int  # how many devices' shares of noise the server must not know in the sum; 0: noise is complete
+    smallest_cohort: int  # that the owner admits, as signed
     secret: bytes
     vector: Ring
 
@@ -149,7 +172,8 @@ class _DeviceSum:
             device=public_bytes(self.device.signing),
             encryption=public_bytes(self.encryption),
             masking=public_bytes(self.masking),
-            smallest_cohort=self.device.smallest_cohort,
+            own_mask=digest(b"own mask", self.own),
+            smallest_cohort=self.smallest_cohort,
         )
         return unsigned.sign(self.device.signing, self.context)
 
@@ -286,6 +310,10 @@ class _Partners:
         if self.index not in survivors.indices:
             raise AggregationError("this device is not among the survivors")
         self.participants.check_survivors(included, survivors)
+        if len(survivors.indices & set(self.chosen)) < self.participants.graph.threshold:
+            raise AggregationError(
+                "too few of this device's partners have survived"
+            )  # they alone hide its vector
         return survivors
 
     def check_signatures(self, included: Members, survivors: Members, written: bytes) -> None:

@@ -16,7 +16,6 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedface.aggregation.masked import (
     GIVEN,
-    KEY_BYTES,
     SEALED,
     SHARE,
     SIGNATURE,
@@ -55,6 +54,7 @@ class MaskedServer:
         *,
         dp: DPParameters | None = None,
         stored: Path | None = None,
+        fewest: int = 1,
     ) -> None:
         """The sum of vectors (`length`,); one that was begun and is stored in that file is continued.
 
@@ -63,7 +63,9 @@ class MaskedServer:
         self._grid = Grid(config=config, agreement=agreement, dp=dp)
         self._grid.noise(length)  # before a device is asked
         self._config, self._context, self._length, self._file = config, context, length, stored
+        self._fewest = fewest
         self._keys: dict[int, KeyMessage] = {}
+        self._probe = X25519PrivateKey.generate()
         self._state = _Stored()
         if stored is not None and stored.exists():
             self._state = _Stored.from_bytes(stored.read_bytes(), length, context.round)
@@ -75,13 +77,27 @@ class MaskedServer:
         keys.check(self._context)
         if any(keys.device == other.device for other in self._keys.values()):
             raise AggregationError("another device has the same signing key; give each its own state folder")
+        known = {key for other in self._keys.values() for key in (other.encryption, other.masking)}
+        if len(known | {keys.encryption, keys.masking}) != len(known) + 2:
+            raise AggregationError("its keys are those of another device, or equal")
+        for key in (keys.encryption, keys.masking):
+            shared_secret(self._probe, key)  # of small order: every partner would stop
         if self._state.participants and keys.to_bytes() not in self._known():
             raise AggregationError("the sum of this round was begun without this device")
         self._keys[member] = keys
 
     def close(self) -> Mapping[int, str]:
-        """None: all keys were checked as they came."""
-        return {}
+        """Those whose owners demand larger sums than there can be."""
+        left: dict[int, str] = {}
+        while not self._state.participants:
+            count = len(self._keys)
+            greedy = [member for member, keys in self._keys.items() if keys.smallest_cohort > count]
+            if not greedy:
+                break
+            for member in greedy:
+                demanded = self._keys.pop(member).smallest_cohort
+                left[member] = f"its owner demands a sum of {demanded} devices, {count} gave keys"
+        return left
 
     def _known(self) -> set[bytes]:
         return {each.to_bytes() for each in self._participants().keys}
@@ -113,10 +129,6 @@ class MaskedServer:
 
             asked = {member: (self._state.participants,) for member in members.values()}
             yield self._request("shares", asked, members, give)
-            if not given and self._file is not None:
-                self._file.unlink(
-                    missing_ok=True
-                )  # no device answers for this list; another one may be right
             self._check_enough(everybody, len(given), "gave shares")
             self._state.shares = given
             self._save()
@@ -142,6 +154,8 @@ class MaskedServer:
             yield self._request("masked", passed_on, members, add)
             survivors = Members(indices=frozenset(arrived))
             everybody.check_survivors(included, survivors)
+            if len(arrived) < self._fewest:
+                raise AggregationError(f"{len(arrived)} vectors arrived, {self._fewest} are needed")
             self._state.total = total
             self._state.arrived = b"".join(
                 SIGNATURE.pack(index, each) for index, each in sorted(arrived.items())
@@ -157,11 +171,15 @@ class MaskedServer:
             verify(everybody.keys[index].device, parts[0], content, "its signature of the survivors is wrong")
             signed[index] = parts[0]
 
-        yield self._request(
-            "survivors", {member: (survivors.to_bytes(),) for member in there.values()}, there, sign
-        )
-        self._check_enough(everybody, len(signed), "signed the list of survivors")
-        signatures = b"".join(SIGNATURE.pack(index, each) for index, each in sorted(signed.items()))
+        if not self._state.signatures:
+            asked = {member: (survivors.to_bytes(),) for member in there.values()}
+            yield self._request("survivors", asked, there, sign)
+            self._check_enough(everybody, len(signed), "signed the list of survivors")
+            self._state.signatures = b"".join(
+                SIGNATURE.pack(index, each) for index, each in sorted(signed.items())
+            )
+            self._save()
+        signatures = self._state.signatures
         unmasking = _Unmasking(partners, survivors)
         shown = {
             member: (
@@ -236,22 +254,24 @@ class _Stored:
     shares: dict[int, bytes] = field(default_factory=dict)  # as each sender gave them, by its index
     arrived: bytes = b""  # the survivors' signatures of the list of those who gave shares
     total: Ring | None = None  # of the survivors' masked vectors
+    signatures: bytes = b""  # of the list of survivors
 
     def to_bytes(self, length: int, round: int) -> bytes:
         """As a payload: participants, signatures, total, then the shares of each sender behind its index."""
         total = b"" if self.total is None else self.total.astype("<u4").tobytes()
         shares = (index.to_bytes(4, "big") + written for index, written in sorted(self.shares.items()))
-        parts = (self.participants, self.arrived, total, *shares)
+        parts = (self.participants, self.arrived, self.signatures, total, *shares)
         return message("begun", *parts, length=length, round=round).to_bytes()
 
     @staticmethod
     def from_bytes(written: bytes, length: int, round: int) -> _Stored:
         """Inverse of `to_bytes`. Raises AggregationError for another sum."""
         parts = read_message(written, "begun", None, length=length, round=round)
-        participants, arrived, total, *shares = parts
+        participants, arrived, signatures, total, *shares = parts
         return _Stored(
             participants=participants,
             arrived=arrived,
+            signatures=signatures,
             total=np.frombuffer(total, dtype="<u4").astype(np.uint32) if total else None,
             shares={int.from_bytes(each[:4], "big"): each[4:] for each in shares},
         )
@@ -282,11 +302,16 @@ class _Partners:
         """The encrypted shares for one participant."""
         return b"".join(SEALED.pack(sender, sealed) for sender, sealed in self._sealed.get(index, {}).items())
 
-    def check_of(self, sender: int, receiver: int, *, own: bool) -> bytes:
-        """The digest of the share of its own mask, or of its masking key, that a sender gave to a receiver."""
+    def given_to(self, sender: int, receiver: int) -> tuple[int, bytes, bytes]:
+        """Of the shares that a sender gave to a receiver: their number, and the digests of both kinds.
+
+        Of its masking key, and of its own mask. Raises AggregationError if it gave none.
+        """
         given = GIVEN.iter_unpack(self.shares.get(sender, b""))
-        found = ((masking, of_own) for index, _, masking, of_own in given if index == receiver)
-        return bytes(next(found, (b"", b""))[own])
+        for number, (index, _, masking, own) in enumerate(given, start=1):
+            if index == receiver:
+                return number, masking, own
+        raise AggregationError("reveals a share that it was not given")
 
     def senders_to(self, index: int) -> list[int]:
         """Those who gave a participant shares."""
@@ -307,19 +332,32 @@ class _Unmasking:
         self._shares: dict[int, dict[int, bytes]] = {}  # of whom -> number -> share
 
     def take(self, index: int, parts: tuple[bytes, ...]) -> None:
-        """The answer of a survivor to the last exchange. Raises AggregationError if it is malformed."""
+        """The answer of a survivor to the last exchange; what does not fit what was agreed before is left out.
+
+        Raises AggregationError if something was left out, after the rest was taken.
+        """
         own, written = parts
         everybody = self._partners.participants
-        if len(own) != KEY_BYTES:
-            raise AggregationError(f"expected the secret of its own mask, {KEY_BYTES} bytes, got {len(own)}")
-        found = entries(SHARE, written, len(everybody.keys), most=len(everybody.keys))
-        for sender, (number, share) in found.items():
-            if self._partners.check_of(sender, index, own=sender in self._survivors.indices) != digest(
-                b"share", share
-            ):
-                raise AggregationError("a share that it reveals is not the one that it was given")
-            self._shares.setdefault(sender, {})[int.from_bytes(number, "big")] = share
-        self._own[index] = own
+        false: list[int] = []
+        if digest(b"own mask", own) == everybody.keys[index].own_mask:
+            self._own[index] = own
+        else:
+            false.append(index)
+        for sender, (_, share) in entries(
+            SHARE, written, len(everybody.keys), most=len(everybody.keys)
+        ).items():
+            number, masking, of_own = self._partners.given_to(sender, index)
+            expected = of_own if sender in self._survivors.indices else masking
+            if digest(b"share", share) == expected:
+                self._shares.setdefault(sender, {})[number] = share
+            else:
+                false.append(sender)
+        if false:
+            names = ", ".join(everybody.keys[each].device.hex()[:16] for each in false)
+            raise AggregationError(
+                f"shares of the devices with the signing keys {names} are not those that were announced: these devices "
+                "or this one gave false ones"
+            )
 
     def unmask(self, total: Ring) -> None:
         """Remove, in place, each survivor's own mask and the masks that survivors share with others.
@@ -328,7 +366,9 @@ class _Unmasking:
         """
         everybody, included = self._partners.participants, self._partners.included
         for index in sorted(self._survivors.indices):
-            own = self._own.get(index) or self._joined(index)
+            own = self._own[index] if index in self._own else self._joined(index)
+            if digest(b"own mask", own) != everybody.keys[index].own_mask:
+                raise AggregationError(self._blame(index, "its shares are not those of its own mask"))
             add_mask(total, everybody.own_mask_key(own, included, index), subtract=True)
         for index in sorted(included.indices - self._survivors.indices):
             masking = X25519PrivateKey.from_private_bytes(self._joined(index))

@@ -61,11 +61,12 @@ class SumContext:
     sum_of: SumOf
     model: str  # hash of the weights that the round began with
     terms: str  # hash of everything else that the devices were asked for
+    cohort: int  # how many devices were asked
 
     @cached_property
     def digest(self) -> bytes:
         """SHA-256, 32 bytes."""
-        content = [self.run, self.round, self.sum_of, self.model, self.terms]
+        content = [self.run, self.round, self.sum_of, self.model, self.terms, self.cohort]
         return hashlib.sha256(json.dumps(content).encode()).digest()
 
 

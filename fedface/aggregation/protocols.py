@@ -50,11 +50,13 @@ def server_sum(
     *,
     dp: DPParameters | None = None,
     stored: Path | None = None,
+    fewest: int = 1,
 ) -> ServerSum:
     """The server's side of one sum of vectors (`length`,), without any key.
 
     Args:
         dp: Of the vectors: their noise may be distributed.
+        fewest: A masked sum of fewer vectors is not revealed.
         stored: The file from which a sum that was interrupted is continued; None: it is not stored.
     """
     match config:
@@ -62,9 +64,9 @@ def server_sum(
             plain = PlainAggregation(max_devices=agreement.max_devices)
             return CombinedServer(plain, context.round, length, largest=LARGEST_PLAIN)
         case MaskedConfig():
-            return MaskedServer(config, agreement, context, length, dp=dp, stored=stored)
+            return MaskedServer(config, agreement, context, length, dp=dp, stored=stored, fewest=fewest)
         case HomomorphicConfig():
-            return CombinedServer(HomomorphicServer(config, agreement), context.round, length)
+            return CombinedServer(HomomorphicServer(config, agreement), context.round, length, stored=stored)
         case _:
             assert_never(config)
 

@@ -8,14 +8,16 @@ side is a state machine, which coordinator/aggregate.py drives; a device answers
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from fedface.aggregation.payload import Aggregation, Exchange, Payload
+from fedface.atomic_io import replace_bytes
 from fedface.errors import AggregationError
 from fedface.tensor_types import Vector
 
@@ -32,13 +34,16 @@ class DeviceSum(Protocol):
     def opening(self, stored: Payload) -> Payload:
         """What is sent as the result of training or evaluation; it follows from what is stored."""
 
-    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload | None) -> bytes:
+    def closed(self, stored: Payload) -> Payload:
+        """What the device stores instead once it has answered the last exchange."""
+
+    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload) -> bytes:
         """The answer to one exchange.
 
         Args:
             exchange: Which one.
             requests: What was asked in it and in those before it.
-            stored: What `protect` returned; None if the device has not stored it any more.
+            stored: What `protect` returned.
 
         Raises AggregationError if nothing may be sent.
         """
@@ -97,16 +102,31 @@ class CombinedDevice:
         """The same: it is sent as it is stored."""
         return stored
 
-    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload | None) -> bytes:
+    def closed(self, stored: Payload) -> Payload:
+        """The same."""
+        return stored
+
+    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload) -> bytes:
         """The decrypted sum, little-endian float32. Raises AggregationError as `Aggregation.reveal`."""
         if exchange != "decrypt":
             raise AggregationError(f"sums of this run have no exchange {exchange!r}")
         total = Payload.from_bytes(requests[exchange])
-        if stored is not None and total.round != stored.round:
+        if total.round != stored.round:
             raise AggregationError(
                 f"expected the sum of round {stored.round}, got that of round {total.round}"
             )
         return self._aggregation.reveal(total).numpy().astype("<f4").tobytes()
+
+
+def _to_store(total: Payload, contents: Sequence[bytes]) -> bytes:
+    header = {"length": total.length, "round": total.round, "count": total.count}
+    return Payload(kind="begun", header=header, parts=(total.to_bytes(), *contents)).to_bytes()
+
+
+def _stored_sum(written: bytes) -> tuple[Payload, tuple[bytes, ...]]:
+    """Inverse of `_to_store`. Raises AggregationError."""
+    total, *contents = Payload.from_bytes(written).parts
+    return Payload.from_bytes(total), tuple(contents)
 
 
 @dataclass(kw_only=True)
@@ -121,12 +141,24 @@ class CombinedServer:
     """Adds payloads as they arrive, and none is stored: plain or homomorphic sums."""
 
     def __init__(
-        self, aggregation: Aggregation, round: int, length: int, *, largest: float | None = None
+        self,
+        aggregation: Aggregation,
+        round: int,
+        length: int,
+        *,
+        largest: float | None = None,
+        stored: Path | None = None,
     ) -> None:
-        """Sum payloads of that round and length; with `largest`, of readable numbers up to that."""
+        """Sum payloads of that round and length.
+
+        Args:
+            largest: The sum can be read without devices, and its numbers go up to this; None: a device decrypts it.
+            stored: Where the sum is stored before a device is asked to decrypt it; what is there is asked for again.
+        """
+        self._stored = stored
         self._aggregation, self._round, self._length, self._largest = aggregation, round, length, largest
         self._sums: dict[str, _KeySum] = {}  # by the public name of the key
-        self._seen: set[tuple[str, bytes]] = set()
+        self._seen: dict[tuple[str, bytes], int] = {}  # member by what it sent
 
     def accept(self, member: int, payload: Payload, device: str) -> None:
         """Add a payload. Raises AggregationError, and leaves the sums as they were, if it cannot be added."""
@@ -154,7 +186,7 @@ class CombinedServer:
         else:
             self._sums[key] = _KeySum(total=self._aggregation.combine([payload]))
         self._sums[key].members.add(member)
-        self._seen.add(content)
+        self._seen[content] = member
 
     @property
     def _largest_sum(self) -> tuple[str, _KeySum]:
@@ -174,7 +206,7 @@ class CombinedServer:
 
         Raises AggregationError if none does.
         """
-        _, known = self._largest_sum
+        known = self._asked = self._continued()
         self._revealed: Vector | None = None
         if self._largest is not None:
             self._revealed = self._aggregation.reveal(known.total)
@@ -187,6 +219,23 @@ class CombinedServer:
                 return
         raise AggregationError("no device decrypted the sum")
 
+    def _continued(self) -> _KeySum:
+        """The sum to decrypt: the one that devices were asked for before, or this one, which is stored.
+
+        A server that asked for two sums of a round would learn their difference, which may be one update.
+        """
+        _, known = self._largest_sum
+        if self._stored is None or self._largest is not None:
+            return known
+        if self._stored.exists():
+            total, contents = _stored_sum(self._stored.read_bytes())
+            sent = {content: member for (_, content), member in self._seen.items()}
+            return _KeySum(total=total, members={sent[each] for each in contents if each in sent})
+        own = [content for (_, content), member in self._seen.items() if member in known.members]
+        self._stored.parent.mkdir(exist_ok=True, mode=0o700)
+        replace_bytes(self._stored, _to_store(known.total, own))
+        return known
+
     def _decrypted(self, member: int, content: bytes) -> None:
         vector = np.frombuffer(content, dtype="<f4") if len(content) == 4 * self._length else None
         if vector is None or not np.isfinite(vector).all():
@@ -195,6 +244,6 @@ class CombinedServer:
 
     def result(self) -> SumResult:
         """The sum under the key that most devices use."""
-        _, known = self._largest_sum
+        known = self._asked
         assert self._revealed is not None
         return SumResult(total=self._revealed, members=frozenset(known.members), count=known.total.count)

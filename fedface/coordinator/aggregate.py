@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from fedface.aggregation.payload import Payload, SumOf
 from fedface.aggregation.protocols import server_sum
 from fedface.aggregation.sums import Request, ServerSum, SumResult
@@ -75,6 +77,15 @@ class RoundSum:
     seconds_reveal: float
 
 
+class LostSum(FederationError):
+    """A sum that was begun before cannot be revealed: devices that have a part in it do not come back, or spoil it."""
+
+    def __init__(self, problem: str, round_sum: RoundSum) -> None:
+        """`round_sum` names the devices, and has no vector."""
+        super().__init__(problem)
+        self.round_sum = round_sum
+
+
 def collect_and_sum(
     experiment: Experiment,
     cohort: Cohort,
@@ -91,14 +102,22 @@ def collect_and_sum(
 
     Raises:
         FederationError: Too few usable replies, or the sum could not be revealed. The run can be resumed.
+        LostSum: It could not be revealed for the second time.
     """
     started = time.perf_counter()
     context = sum_context(task)
     asked = task.config if isinstance(task, TrainTask) else task.request
     stored = listener.file(context.sum_of, task.round)
+    begun = stored is not None and stored.exists()
     try:
         server = server_sum(
-            experiment.aggregation, experiment.agreement, context, length, dp=asked.dp, stored=stored
+            experiment.aggregation,
+            experiment.agreement,
+            context,
+            length,
+            dp=asked.dp,
+            stored=stored,
+            fewest=experiment.min_responses,
         )
     except AggregationError as error:
         raise FederationError(f"round {task.round}: {error}") from error
@@ -121,9 +140,15 @@ def collect_and_sum(
         )
     combined = time.perf_counter()
     revealing = _Revealing()
-    revealed = _reveal(experiment, cohort, server, task, revealing)
+    lost: FederationError | None = None
+    try:
+        revealed = _reveal(experiment, cohort, server, task, revealing)
+    except FederationError as error:
+        if not begun:
+            raise FederationError(f"{error}; resume to try again, once more") from error
+        lost, revealed = error, SumResult(total=torch.zeros(length), members=frozenset(), count=0)
     finished = time.perf_counter()
-    return RoundSum(
+    round_sum = RoundSum(
         members=tuple(sorted(revealed.members)),
         devices=tuple(arrivals.devices[member] for member in sorted(revealed.members)),
         refusals=arrivals.refusals,
@@ -147,6 +172,9 @@ def collect_and_sum(
         seconds_combine=arrivals.seconds,
         seconds_reveal=finished - combined,
     )
+    if lost is not None:
+        raise LostSum(str(lost), round_sum) from lost
+    return round_sum
 
 
 def noised_sum(total: Vector, dp: DPParameters) -> Vector:
@@ -239,14 +267,7 @@ def _reveal(
         result = server.result()
     except AggregationError as error:
         given = "; ".join(f"device {member}: {reason}" for member, reason in sorted(noted.reasons.items()))
-        raise FederationError(
-            f"round {task.round}: {error} ({given or 'no reasons given'}); resume to try again"
-        ) from error
-    if result.count < experiment.min_responses:
-        raise FederationError(
-            f"round {task.round}: {result.count} devices are in the sum, {experiment.min_responses} are needed. "
-            "Nothing was applied; start a new run"
-        )
+        raise FederationError(f"round {task.round}: {error} ({given or 'no reasons given'})") from error
     return result
 
 

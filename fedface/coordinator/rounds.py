@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from fedface.coordinator.aggregate import RoundSum, SumListener, collect_and_sum, noised_sum
+from fedface.coordinator.aggregate import LostSum, RoundSum, SumListener, collect_and_sum, noised_sum
 from fedface.coordinator.requests import round_config
 from fedface.coordinator.run_state import RunState, sums_folder, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
@@ -68,7 +68,8 @@ def run_rounds(
     Members whose owners withdraw get no further requests, and are added to `withdrawn`; a resumed run sends one more.
 
     Raises:
-        FederationError: Too few usable replies in a round, or no device could decrypt the sum. The run can be resumed.
+        FederationError: Too few usable replies in a round, or its sum could not be revealed. The run can be resumed; a
+            sum that cannot be revealed then either is given up, and the model stays as it was.
     """
     total = experiment.rounds
     state = _with_metrics(_without_partial_rounds(state, progress), experiment, reference)
@@ -87,9 +88,15 @@ def run_rounds(
         listener = SumListener(
             progress=progress.advance, withdrawn=handler.drop, folder=sums_folder(state.folder)
         )
-        round_sum = collect_and_sum(experiment, cohort, members, task, len(ranges), listener)
-        update = noised_sum(round_sum.total, plan.dp_parameters) * ranges
-        after = work.apply(update, round_sum.count, Streams(experiment.seed).generator("mean style"))
+        after = model
+        try:
+            round_sum = collect_and_sum(experiment, cohort, members, task, len(ranges), listener)
+        except LostSum as lost:
+            progress.message(f"{lost}; the round is given up, and the model stays as it is")
+            round_sum = lost.round_sum
+        else:
+            update = noised_sum(round_sum.total, plan.dp_parameters) * ranges
+            after = work.apply(update, round_sum.count, Streams(experiment.seed).generator("mean style"))
         after = replace(after, notes={"run": state.folder.name, "round": number})
         record = _round_record(plan, task, round_sum, weights_hash(*after.modules()))
         for name in round_sum.withdrawn.values():

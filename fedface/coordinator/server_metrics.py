@@ -242,7 +242,7 @@ def aggregation_costs(
 def _cost(
     config: AggregationConfig, sees: str, update: Vector, agreement: AggregationParameters, devices: int
 ) -> AggregationRecord:
-    context = SumContext(run="costs", round=1, sum_of="updates", model="", terms="")
+    context = SumContext(run="costs", round=1, sum_of="updates", model="", terms="", cohort=devices)
     shared = make_keys(config, agreement)
     members = {
         member: device_sum(

@@ -297,6 +297,7 @@ class _ReleaseTransaction:
         return {
             "model": self.task.model,
             "protocol": self.aggregation.kind,
+            "sums": _recipe(encode(self.aggregation), encode(self.agreement)),
             "objective": self.objective,
             **self.metadata,
         }
@@ -492,28 +493,38 @@ def _recipe(*parts: object) -> str:
 
 
 def _exchange(task: ExchangeTask, device: Device, ledger: Ledger) -> tuple[Reply, LedgerEntry | None]:
-    """The answer to one exchange of a sum, and the entry that covers it if it contains this device's vector."""
+    """The answer to one exchange of a sum, and the entry that covers it if it contains this device's vector.
+
+    Two answers could reveal the difference of two sums: each exchange of a round is answered for one request, with the
+    settings that the round began with, and the answer is stored before it leaves.
+    """
     device.policy.check_exchange(task.aggregation.kind)
     key = task.ledger_key
-    if not ledger.is_recorded(key, task.round):
-        reason = (
-            f"this device did not take part in round {task.round} of {task.run}, so it has no part in its sum"
-        )
+    entry, reply = ledger.entry_of_reply(key, task.round), ledger.load_reply(key, task.round)
+    if entry is None or reply in (None, FAILED):
+        reason = f"this device has no part in the sum of round {task.round} of {task.run}, or none any more"
         return Refusal(device=device.name, reason=reason), None
-    reply = ledger.load_reply(key, task.round)
-    stored = None if reply in (None, FAILED) else Payload.from_bytes(reply)
-    sums = _device_sum(task.aggregation, task.agreement, device)
-    requests = {**_known(ledger, key, task.round), task.exchange: task.content}
-    answer = sums.answer(task.exchange, requests, stored)
-    # Stored before anything leaves: two answers could reveal the difference of two sums.
-    ledger.fix_request(key, task.round, task.exchange, task.content)
-    covering = ledger.entry_of_reply(key, task.round) if task.exchange == "masked" else None
+    if entry.metadata.get("sums") != _recipe(encode(task.aggregation), encode(task.agreement)):
+        raise PolicyRefusal(
+            f"the sum of round {task.round} of {task.run} is asked for with other settings than agreed"
+        )
+    covering = entry if task.exchange == "masked" else None
+    sums, stored = _device_sum(task.aggregation, task.agreement, device), Payload.from_bytes(reply)
+    known = ledger.exchanges(key, task.round)
+    if task.exchange in known:
+        request, answer = known[task.exchange]
+        if request != task.content:
+            raise PolicyRefusal(
+                f"the sum of round {task.round} of {task.run} was asked for with other devices before; it is answered "
+                "once"
+            )
+    else:
+        requests = {name: known[name][0] for name in get_args(Exchange) if name in known}
+        answer = sums.answer(task.exchange, {**requests, task.exchange: task.content}, stored)
+        ledger.store_exchange(key, task.round, task.exchange, task.content, answer)
+    if task.exchange == "reveal" and (closed := sums.closed(stored).to_bytes()) != reply:
+        ledger.replace_reply(key, task.round, closed)
     return ExchangeResult(device=device.name, content=answer), covering
-
-
-def _known(ledger: Ledger, key: str, round: int) -> dict[Exchange, bytes]:
-    stored = ledger.requests(key, round)
-    return {exchange: stored[exchange] for exchange in get_args(Exchange) if exchange in stored}
 
 
 def _device_sum(

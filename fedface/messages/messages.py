@@ -275,6 +275,7 @@ def sum_context(task: TrainTask | EvaluateTask) -> SumContext:
         sum_of="updates" if isinstance(task, TrainTask) else "metrics",
         model=task.model,
         terms=hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest(),
+        cohort=task.cohort,
     )
 
 

@@ -39,7 +39,7 @@ from fedface.platforms import sync_folder
 
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
 APPLICATION_ID = 0x46466C67  # "FFlg", in the header of the SQLite file
-FORMAT = 5  # version of the file's tables and of what its records contain
+FORMAT = 6  # version of the file's tables and of what its records contain
 GENESIS = hashlib.sha256(f"fedface ledger {FORMAT}".encode()).hexdigest()  # the parent of the first record
 
 _APPEND_ONLY = "BEGIN SELECT RAISE(ABORT, 'append only'); END"

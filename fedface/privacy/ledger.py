@@ -62,8 +62,8 @@ FREE_RETRIES = 6  # computations of a run that may begin beside the first of eac
 
 _REPLIES = "CREATE TABLE replies (record INTEGER PRIMARY KEY, run TEXT NOT NULL, body BLOB NOT NULL)"
 _EXCHANGES = (
-    "CREATE TABLE exchanges (run TEXT NOT NULL, round INTEGER NOT NULL, exchange TEXT NOT NULL, request BLOB NOT NULL, "
-    "PRIMARY KEY (run, round, exchange))"
+    "CREATE TABLE exchanges (run TEXT NOT NULL, round INTEGER NOT NULL, exchange TEXT NOT NULL, "
+    "request BLOB NOT NULL, answer BLOB NOT NULL, PRIMARY KEY (run, round, exchange))"
 )
 _WORK = "CREATE TABLE work (run TEXT PRIMARY KEY, seconds REAL NOT NULL)"
 
@@ -507,32 +507,40 @@ class Ledger:
             reply = self._cached_reply(page, run, round)
         return None if reply is None else reply[0]
 
-    def requests(self, run: str, round: int) -> dict[str, bytes]:
-        """What was asked in each exchange of the sum of this round, see `fix_request`."""
+    def exchanges(self, run: str, round: int) -> dict[str, tuple[bytes, bytes]]:
+        """What was asked in each exchange of the sum of this round, and what was answered."""
         with self._chain.read_transaction() as page:
             rows = page.sql.execute(
-                "SELECT exchange, request FROM exchanges WHERE run = ? AND round = ?", (run, round)
+                "SELECT exchange, request, answer FROM exchanges WHERE run = ? AND round = ?", (run, round)
             ).fetchall()
-        return {exchange: bytes(request) for exchange, request in rows}
+        return {exchange: (bytes(request), bytes(answer)) for exchange, request, answer in rows}
 
-    def fix_request(self, run: str, round: int, exchange: str, request: bytes) -> None:
-        """Store what was asked in an exchange of a sum; on disk when this returns, then answer it.
+    def store_exchange(self, run: str, round: int, exchange: str, request: bytes, answer: bytes) -> None:
+        """Store an exchange of a sum; on disk when this returns, then answer it.
 
         Raises:
-            PolicyRefusal: Something else was asked before: two answers could reveal what no sum may.
+            LedgerError: It was asked and answered before.
         """
         with self._chain.write_transaction() as page:
-            page.sql.execute(
-                "INSERT OR IGNORE INTO exchanges VALUES (?, ?, ?, ?)", (run, round, exchange, request)
-            )
-            (fixed,) = page.sql.execute(
-                "SELECT request FROM exchanges WHERE run = ? AND round = ? AND exchange = ?",
-                (run, round, exchange),
-            ).fetchone()
-        if bytes(fixed) != request:
-            raise PolicyRefusal(
-                f"the sum of round {round} of {run} was asked for with other devices before; it is answered once"
-            )
+            known = "SELECT 1 FROM exchanges WHERE run = ? AND round = ? AND exchange = ?"
+            if page.sql.execute(known, (run, round, exchange)).fetchone():
+                raise LedgerError(f"the exchange {exchange} of round {round} of {run} was answered before")
+            row = (run, round, exchange, request, answer)
+            page.sql.execute("INSERT INTO exchanges VALUES (?, ?, ?, ?, ?)", row)
+
+    def replace_reply(self, run: str, round: int, body: bytes) -> None:
+        """Replace the bytes of a stored reply, at no cost: what it no longer needs to contain is overwritten on disk.
+
+        Raises:
+            LedgerError: There is no stored reply.
+        """
+        with self._chain.write_transaction() as page:
+            stored = self._cached_reply(page, run, round)
+            if stored is None:
+                raise LedgerError(f"round {round} of {run} has no stored reply")
+            reply = page.append(StoredReply.KIND, {"payload_digest": _sha256(body)}, entry=stored[0].number)
+            page.sql.execute("DELETE FROM replies WHERE run = ?", (run,))
+            page.sql.execute("INSERT INTO replies VALUES (?, ?, ?)", (reply.number, run, body))
 
     def store_work_seconds(self, run: str, seconds: float) -> None:
         """Store how long a round of a run takes at most, as measured without photos; not part of the record."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fedface.aggregation.masked import (
     EXCHANGES,
+    GIVEN,
     SEALED,
     SHARE,
     SIGNATURE,
@@ -38,7 +39,7 @@ from fedface.tensor_types import Vector
 LENGTH = 50
 CONFIG = MaskedConfig()
 AGREEMENT = AggregationParameters(value_range=1.0, max_devices=64)
-CONTEXT = SumContext(run="run", round=3, sum_of="updates", model="model", terms="terms")
+CONTEXT = SumContext(run="run", round=3, sum_of="updates", model="model", terms="terms", cohort=3)
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number] * 32)) for number in range(64)]
 
 
@@ -162,10 +163,10 @@ def test_equal_vectors_look_unrelated_and_no_float_leaves() -> None:
     assert abs(bits.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(bits))
 
 
-@pytest.mark.parametrize("differs", ["model", "terms", "run", "round", "sum_of"])
+@pytest.mark.parametrize("differs", ["model", "terms", "run", "round", "sum_of", "cohort"])
 def test_devices_that_were_sent_something_else_have_no_sum_together(differs: str) -> None:
     """Keys that were signed for another model, other terms, another round or sum are not accepted."""
-    other = replace(CONTEXT, **{differs: 9 if differs == "round" else "metrics"})
+    other = replace(CONTEXT, **{differs: 9 if differs in ("round", "cohort") else "metrics"})
     stranger = device(2, context=other)
     opening = stranger.opening(stranger.protect(vector(2), other.round))
     one = server()
@@ -337,20 +338,6 @@ def test_of_each_device_one_kind_of_share_is_revealed() -> None:
         assert len(shares) == 5 * SHARE.size  # one of each of the five others
 
 
-def test_a_device_that_gives_false_shares_harms_nobody_while_it_stays() -> None:
-    """Its shares are not those that it committed to: they are dropped, and it reveals its own mask itself."""
-    one = Sum(some(6))
-
-    def spoil(exchange: Exchange, member: int, answer: bytes) -> bytes:
-        if exchange != "shares" or member != 2:
-            return answer
-        (given,) = read_message(answer, "shares", 1, length=LENGTH, round=3)
-        return message("shares", given[:40] + bytes(20) + given[60:], length=LENGTH, round=3).to_bytes()
-
-    one.answered = spoil
-    assert torch.allclose(one.run(), expected(*range(6)), atol=1e-5)
-
-
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("spoilt", ["empty", "noise", "cut", "another round", "another exchange"])
 def test_a_malformed_answer_costs_its_sender_alone(exchange: Exchange, spoilt: str) -> None:
@@ -413,6 +400,142 @@ def test_a_sum_that_was_begun_admits_no_further_device(tmp_path: Path) -> None:
     late = device(7)
     with pytest.raises(AggregationError, match="begun without this device"):
         server(path).accept(7, late.opening(late.protect(vector(7), 3)), "late")
+
+
+def test_an_exchange_with_other_settings_than_the_vector_was_computed_for_is_refused() -> None:
+    """A server that could change the tolerated shares afterwards would open two sums, or single vectors."""
+    one = device(0)
+    stored = one.protect(vector(0), 3)
+    for config in (
+        MaskedConfig(dropout_share=0.4),
+        MaskedConfig(corrupt_share=0.0),
+        MaskedConfig(min_devices=3),
+    ):
+        with pytest.raises(AggregationError, match="other settings"):
+            replace(one, config=config).answer("shares", {"shares": b""}, stored)
+
+
+def test_a_short_list_does_not_lower_the_number_of_tolerated_colluders() -> None:
+    """Of twenty that were asked two may collude. A list of six bears none: two of them would sign two lists."""
+    context = replace(CONTEXT, cohort=20)
+    devices = {number: device(number, context=context) for number in range(6)}
+    with pytest.raises(AggregationError, match="at least"):
+        rehearse(MaskedServer(CONFIG, AGREEMENT, context, LENGTH), dict(devices), vector, 3)
+
+
+def test_a_device_whose_partners_are_declared_lost_does_not_sign() -> None:
+    """The server knows the masks that a device shares with lost partners: without others its vector would be open."""
+    config = MaskedConfig(dropout_share=0.3, corrupt_share=0.0)
+    context = replace(CONTEXT, cohort=50)
+    devices = {number: device(number, config=config, context=context) for number in range(50)}
+    one = Sum(devices, server=MaskedServer(config, AGREEMENT, context, LENGTH))
+    keys = sorted(range(50), key=lambda number: KEYS[number].public_key().public_bytes_raw())
+
+    def drop(exchange: Exchange, member: int, content: bytes) -> bytes:
+        if exchange != "survivors" or member != 0:
+            return content
+        (given,) = read_message(one.answers["shares", 0], "shares", 1, length=LENGTH, round=3)
+        partners = {index for index, *_ in GIVEN.iter_unpack(given)}
+        (listed,) = read_message(content, "survivors", 1, length=LENGTH, round=3)
+        left = Members.from_bytes(listed, 50).indices - set(sorted(partners)[:15])
+        return message("survivors", Members(indices=left).to_bytes(), length=LENGTH, round=3).to_bytes()
+
+    one.tamper = drop
+    one.run()
+    assert "partners have survived" in one.errors["survivors", 0] and keys
+    assert {exchange for exchange, _ in one.errors} == {"survivors", "reveal"}
+
+
+@pytest.mark.parametrize("false", ["digests", "number", "own"])
+def test_false_shares_cost_their_sender_nothing_that_others_need(false: str) -> None:
+    """Device 2 announces false digests, reveals a false number, or a false secret of its own mask: it is named."""
+
+    def spoil(exchange: Exchange, member: int, answer: bytes) -> bytes:
+        if member != 2 or exchange not in ("shares", "reveal"):
+            return answer
+        parts = read_message(answer, exchange, 1 if exchange == "shares" else 2, length=LENGTH, round=3)
+        if (exchange, false) == ("shares", "digests"):
+            entries = [
+                (index, sealed, bytes(32), own) for index, sealed, _, own in GIVEN.iter_unpack(parts[0])
+            ]
+            return message(
+                "shares", b"".join(GIVEN.pack(*each) for each in entries), length=LENGTH, round=3
+            ).to_bytes()
+        if (exchange, false) == ("reveal", "number"):
+            shares = [
+                SHARE.pack(index, b"\x00\x07", share) for index, _, share in SHARE.iter_unpack(parts[1])
+            ]
+            return message("reveal", parts[0], b"".join(shares), length=LENGTH, round=3).to_bytes()
+        if (exchange, false) == ("reveal", "own"):
+            return message("reveal", bytes(32), parts[1], length=LENGTH, round=3).to_bytes()
+        return answer
+
+    def lost(exchange: Exchange, member: int, answer: bytes) -> bytes:
+        return b"" if (exchange, member) == ("reveal", 4) else spoil(exchange, member, answer)
+
+    one = Sum(some(7), answered=lost)
+    assert torch.allclose(one.run(), expected(*range(7)), atol=1e-5)
+    assert (("reveal", 2) in one.errors) == (false == "own")
+
+
+def test_keys_that_would_stop_others_are_refused_by_name() -> None:
+    """Of small order, equal, copied from another device, or with a demand that no sum can meet."""
+    one, honest = server(), device(0)
+    stored = {number: device(number).protect(vector(number), 3) for number in range(4)}
+    one.accept(0, honest.opening(stored[0]), "honest")
+    one.accept(3, device(3).opening(stored[3]), "honest too")
+    (written,) = read_message(honest.opening(stored[0]).to_bytes(), "keys", 1, length=LENGTH, round=3)
+    good = KeyMessage.from_bytes(written)
+    mine = replace(
+        good,
+        device=KEYS[1].public_key().public_bytes_raw(),
+        encryption=bytes(32),
+        masking=bytes(31) + b"\x09",
+    )
+    for keys, words in (
+        (replace(mine, encryption=bytes(31) + b"\x07", masking=bytes(32)), "small order"),
+        (replace(mine, encryption=good.encryption), "another device"),
+        (replace(mine, encryption=mine.masking), "or equal"),
+    ):
+        signed = keys.sign(KEYS[1], CONTEXT).to_bytes()
+        with pytest.raises(AggregationError, match=words):
+            one.accept(1, message("keys", signed, length=LENGTH, round=3), "hostile")
+    greedy = device(2, smallest_cohort=2**32 - 1)
+    one.accept(2, greedy.opening(greedy.protect(vector(2), 3)), "greedy")
+    assert one.close() == {2: f"its owner demands a sum of {2**32 - 1} devices, 3 gave keys"}
+
+
+def test_a_server_killed_while_it_reveals_shows_the_same_signatures_again(tmp_path: Path) -> None:
+    """Also if one of those who had signed is gone by then."""
+    path = tmp_path / "sums" / "sum"
+    first = Sum(some(6), server=server(path))
+
+    def kill(exchange: Exchange, member: int, content: bytes) -> bytes:
+        if exchange == "reveal" and member == 3:
+            raise KeyboardInterrupt
+        return content
+
+    first.tamper = kill
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = Sum(first.devices, server=server(path))
+    second.stored, second.requests = (
+        first.stored,
+        {member: dict(asked) for member, asked in first.requests.items()},
+    )
+    second.answered = lambda exchange, member, answer: b"" if member == 5 else answer
+    assert torch.allclose(second.run(), expected(*range(6)), atol=1e-5)
+    assert all(second.requests[member]["reveal"] == first.requests[member]["reveal"] for member in range(3))
+
+
+def test_what_stays_after_the_last_exchange_has_neither_secret_nor_vector() -> None:
+    """Whoever takes the device later can open nothing; the keys that it sent are sent again if they are asked for."""
+    one = device(0)
+    stored = one.protect(vector(0), 3)
+    closed = one.closed(stored)
+    secret, integers = stored.parts
+    assert closed == one.opening(stored) == one.opening(closed) == one.closed(closed)
+    assert secret not in closed.to_bytes() and integers not in closed.to_bytes()
 
 
 def test_one_signing_key_on_two_devices_is_named() -> None:

@@ -34,6 +34,7 @@ from fedface.messages.messages import (
     TrainResult,
     TrainTask,
     to_message,
+    vector_from,
 )
 from fedface.messages.parsing import read_reply, read_task
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, load_model, weights_hash
@@ -346,9 +347,49 @@ def test_a_server_that_opens_a_sum_again_with_fewer_devices_gets_nothing(tmp_pat
     cohort.tamper = forget
     with pytest.raises(FederationError, match="asked for with other devices before; it is answered once"):
         rounds(cohort.experiment, cohort)
-    cohort.tamper = honest
-    rounds(cohort.experiment, cohort)  # the same devices: the same answers, and the same sum
-    assert torch.equal(weights_after(cohort.folder, 1), opened)
+    heard = Heard()
+    (record,) = rounds(cohort.experiment, cohort, heard).rounds
+    assert record.participants == () and any("the round is given up" in line for line in heard.messages)
+    assert torch.equal(weights_after(cohort.folder, 1), weights_after(cohort.folder, 0))
+    assert not torch.equal(opened, weights_after(cohort.folder, 0))
+    assert [len(ledger_of(cohort, member).entries) for member in range(3)] == [1, 1, 1]
+
+
+def test_a_restarted_server_asks_for_the_sum_that_it_asked_for_before(tmp_path: Path) -> None:
+    """Homomorphic: killed while a sum of three is decrypted, and one of them is gone: not the sum of two."""
+    cohort = cohort_of(tmp_path, {**THREE, "aggregation": "{kind: homomorphic}", "min_responses": "2"})
+
+    def kill(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if isinstance(task, ExchangeTask):
+            raise KeyboardInterrupt
+        return reply
+
+    def leave(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        return Failure("no answer") if member == 2 else reply
+
+    cohort.tamper = kill
+    with pytest.raises(KeyboardInterrupt):
+        rounds(cohort.experiment, cohort)
+    cohort.tamper = leave
+    (record,) = rounds(cohort.experiment, cohort).rounds
+    assert record.participants == ("device-00", "device-01")
+    replies = [cohort.replies["TrainTask", 1, member] for member in range(3)]
+    assert all(isinstance(reply, TrainResult) for reply in replies)
+    opened = vector_from(cohort.replies["decrypt", 1, 0].content)  # type: ignore[union-attr]
+    plain = cohort_of(tmp_path / "plain", THREE)
+    rounds(plain.experiment, plain)
+    three = torch.stack([update_of(plain.replies["TrainTask", 1, member]) for member in range(3)]).sum(0)
+    assert torch.allclose(opened, three.clamp(-3, 3), atol=3 / (2**15 - 1))
+
+
+def test_nothing_of_an_update_stays_on_a_device_after_its_sum(tmp_path: Path) -> None:
+    """Its stored reply is the keys that it sent."""
+    cohort = cohort_of(tmp_path, MASKED)
+    rounds(cohort.experiment, cohort)
+    with Ledger.open(devices_folder(cohort.folder) / "device-00" / "ledger.sqlite") as ledger:
+        stored = ledger.load_reply("tiny", 1)
+    reply = cohort.replies["TrainTask", 1, 0]
+    assert isinstance(reply, TrainResult) and stored == reply.payload and len(stored) < 1000
 
 
 @pytest.mark.parametrize("killed_in", MASKED_EXCHANGES)

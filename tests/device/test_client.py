@@ -485,15 +485,28 @@ def test_a_device_decrypts_the_sum_of_a_round_that_it_took_part_in(tmp_path: Pat
     assert float(revealed.min()) >= -1e-3 and float(revealed.max()) <= 2 + 1e-3
 
     elsewhere = handle_task(replace(reveal_task(experiment, total), run="another"), device)
-    assert isinstance(elsewhere, Refusal) and "did not take part in round 1 of another" in elsewhere.reason
-    with pytest.raises(AggregationError, match="at least 2 updates"):
-        handle_task(reveal_task(experiment, server.combine([ones])), device)
+    assert isinstance(elsewhere, Refusal) and "no part in the sum of round 1 of another" in elsewhere.reason
+    again = handle_task(reveal_task(experiment, server.combine([ones])), device)
+    assert isinstance(again, Refusal) and "it is answered once" in again.reason
 
-    # The owner's minimum cohort size overrides the server's task.
-    careful = replace(device, policy=replace(device.policy, min_cohort_size=3))
+    # Other settings than those of the round, such as a smaller sum.
     asked = replace(reveal_task(experiment, total), aggregation=HomomorphicConfig(min_devices=1))
-    with pytest.raises(AggregationError, match="at least 3 updates"):
-        handle_task(asked, careful)
+    other_settings = handle_task(asked, device)
+    assert isinstance(other_settings, Refusal) and "other settings than agreed" in other_settings.reason
+
+
+@pytest.mark.parametrize("own", [2, 3])
+def test_a_device_decrypts_no_sum_that_is_too_small(own: int, tmp_path: Path) -> None:
+    """The run's smallest sum is two; the owner's minimum cohort size overrides it."""
+    experiment, device, task = hidden_round(tmp_path)
+    careful = replace(device, policy=replace(device.policy, min_cohort_size=own))
+    reply = handle_task(replace(task, cohort=3, config=task.config), device)
+    assert isinstance(reply, TrainResult) and isinstance(config := experiment.aggregation, HomomorphicConfig)
+    server, payload = HomomorphicServer(config, experiment.agreement), Payload.from_bytes(reply.payload)
+    other = HomomorphicDevice(config, experiment.agreement, HomomorphicKeys.load(device.key_path))
+    summed = [payload, other.protect(torch.ones(len(task.weights)), 1)][: own - 1]
+    with pytest.raises(AggregationError, match=f"at least {own} updates"):
+        handle_task(reveal_task(experiment, server.combine(summed)), careful)
 
 
 def test_a_device_does_not_decrypt_the_sum_of_another_round(tmp_path: Path) -> None:
