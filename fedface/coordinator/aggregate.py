@@ -56,6 +56,8 @@ class SumListener:
         """Delete the file of a sum whose result is stored."""
         if (path := self.file(sum_of, round)) is not None:
             path.unlink(missing_ok=True)
+            if path.parent.is_dir() and not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 @dataclass(frozen=True, kw_only=True)
