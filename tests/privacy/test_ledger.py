@@ -178,12 +178,12 @@ def test_a_file_of_another_format_is_refused_in_one_sentence(ledger: Ledger, tmp
     """Also by a session that was open when the file was replaced."""
     ledger.record(EVENT, run="r", round=0)
     database = sqlite3.connect(file_of(tmp_path))
-    database.execute("PRAGMA user_version = 6")
+    database.execute("PRAGMA user_version = 7")
     database.commit()
     database.close()
     for attempt in (lambda: Ledger.open(file_of(tmp_path)), ledger.entries):
         with pytest.raises(
-            LedgerError, match="has format 6; this version of fedface reads ledgers of format 5 alone"
+            LedgerError, match="has format 7; this version of fedface reads ledgers of format 6 alone"
         ):
             attempt()
 

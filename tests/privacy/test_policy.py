@@ -145,7 +145,7 @@ def test_the_examples_are_policies_and_show_every_key() -> None:
     """The example files can be read and are cautious."""
     example = CLIENTS / "policy.example.yaml"
     policy = read(example, DevicePolicy)
-    assert policy.protocols == ("homomorphic",)
+    assert policy.protocols == ("masked", "homomorphic")
     assert not (policy.allow_no_dp or policy.trust_server or policy.evaluation)
     text, page = example.read_text(), (CLIENTS.parent / "docs" / "policy.md").read_text()
     for key in DevicePolicy.__dataclass_fields__:
@@ -448,7 +448,7 @@ def test_unknown_protocols_are_refused() -> None:
     kinds = {config.kind for config in get_args(AggregationConfig)}
     assert set(PROTOCOLS) == kinds
     with pytest.raises(
-        ValueError, match='protocols must be among homomorphic, plain, got "homomorfic"; did you mean'
+        ValueError, match='protocols must be among masked, homomorphic, plain, got "homomorfic"; did you mean'
     ):
         DevicePolicy(max_epsilon=1, delta=1e-6, protocols=("homomorfic",))
     none = DevicePolicy(max_epsilon=1, delta=1e-6, protocols=(), objectives=())

@@ -30,7 +30,7 @@ from fedface.simulation.in_process import in_process_cohort
 KEYS = {
     "train-result": {"kind", "version", "device", "seconds_protect"},
     "evaluate-result": {"kind", "version", "device", "seconds_protect"},
-    "decrypt-result": {"kind", "version", "device"},
+    "exchange-result": {"kind", "version", "device"},
     "refusal": {"kind", "version", "device", "reason", "withdrawn"},
 }
 CHANGES = {
@@ -100,9 +100,9 @@ def test_headers_contain_names_and_times_and_nothing_else(
         assert set(header) == KEYS[header["kind"]]
         assert re.fullmatch(r"device-0[01]", header["device"])
         assert set(overheard.reply.blobs) == (
-            {"total"} if header["kind"] == "decrypt-result" else {"payload"}
+            {"total"} if header["kind"] == "exchange-result" else {"payload"}
         )
-    assert kinds == {"train-result", "evaluate-result", "decrypt-result"}
+    assert kinds == {"train-result", "evaluate-result", "exchange-result"}
 
 
 def test_every_payload_was_recorded_with_noise_before_it_left(
@@ -207,7 +207,7 @@ def test_metrics_that_leave_have_noise(
     errors = []
     for overheard in heard:
         if decrypted(overheard) and overheard.task.ledger_key.endswith("/metrics"):
-            total = np.frombuffer(overheard.reply.blobs["total"], dtype="<f4").astype(np.float64)
+            total = np.frombuffer(overheard.reply.blobs["content"], dtype="<f4").astype(np.float64)
             counts = total[:9] * config.max_units / np.sqrt(config.shares.table)
             # Only sums over a row are known without the model: how many originals a tone group has.
             spread = terms.noise_multiplier * np.sqrt(2) * np.sqrt(3) / np.sqrt(config.shares.table)

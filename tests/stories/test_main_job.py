@@ -46,7 +46,7 @@ def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
     """One command; the record has the hash of the weights on disk, and the page is one file without requests."""
     monkeypatch.chdir(tmp_path)
     recipe = tiny_file(tmp_path)
-    recipe.write_text(recipe.read_text().replace("{kind: plain}", "{kind: homomorphic}"))
+    recipe.write_text(recipe.read_text().replace("{kind: plain}", "{kind: masked}"))
     assert fedface(monkeypatch, "run", str(recipe)) == 0
     result = capsys.readouterr().out
     folder = Path("runs/tiny")
@@ -58,7 +58,7 @@ def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
     assert record.base_hash == weights_hash(*load_model(tmp_path / "base.safetensors").modules())
     assert record.final_hash == weights_hash(*load_model(folder / "rounds" / "002.safetensors").modules())
     assert record.final_hash == record.rounds[-1].weights_hash != record.base_hash
-    assert {entry.protocol for entry in record.aggregation} == {"plain", "homomorphic"}
+    assert {entry.protocol for entry in record.aggregation} == {"plain", "masked", "homomorphic"}
     assert len(record.attacks) == 2
     assert record.command == "fedface run tiny.yaml"
     assert attempts(folder) == {f"device-0{i}": [(1, 1), (2, 1)] for i in range(2)}

@@ -114,7 +114,10 @@ def forged(task: TrainTask, **changes: object) -> TrainTask:
         ({"config__dp__noise_multiplier": 0.01}, "requests epsilon"),  # a whisper of noise
         ({"config__dp__noise_multiplier": 0.0}, "requests epsilon inf"),
         ({"config__dp__schedule__rounds": 100_000, "config__training__rounds": 100_000}, "requests epsilon"),
-        ({"config__dp__unit": "library"}, "does not trust"),  # "the server adds the noise"
+        (
+            {"config__dp__unit": "library", "config__dp__noise": "central"},
+            "does not trust",
+        ),  # "the server adds the noise"
         ({"cohort": 1}, "only among 2 or more"),
     ],
 )
