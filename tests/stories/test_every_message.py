@@ -100,7 +100,7 @@ def test_headers_contain_names_and_times_and_nothing_else(
         assert set(header) == KEYS[header["kind"]]
         assert re.fullmatch(r"device-0[01]", header["device"])
         assert set(overheard.reply.blobs) == (
-            {"total"} if header["kind"] == "exchange-result" else {"payload"}
+            {"content"} if header["kind"] == "exchange-result" else {"payload"}
         )
     assert kinds == {"train-result", "evaluate-result", "exchange-result"}
 
