@@ -90,6 +90,7 @@ def _protection(aggregation: AggregationConfig) -> str:
     if isinstance(aggregation, MaskedConfig):
         return (
             f"masked, so that the server sees only sums of at least "
-            f"{number_format.counted(aggregation.min_devices, 'device')}"
+            f"{number_format.counted(aggregation.min_devices, 'device')}, unless more than "
+            f"{aggregation.corrupt_share:.0%} of the devices collude with it"
         )
     return "not encrypted: the server sees those of each device"
