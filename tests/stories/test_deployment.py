@@ -364,11 +364,11 @@ def test_three_devices_and_a_server_follow_the_pages_word_by_word(homes: list[Ho
     check_refused(devices[0])
 
     check_leave(server, devices[1:], waiting[1:])
-    server.do(server.block(OPERATOR, "10. Renew the certificate"))
+    server.do(server.block(OPERATOR, "9. Renew the certificate"))
     running.terminate()
     assert running.wait(60) == 0
-    server.do(server.block(OPERATOR, "11. Back up and restore"))
-    server.do(server.block(OPERATOR, "11. Back up and restore", 1))
+    server.do(server.block(OPERATOR, "10. Back up and restore"))
+    server.do(server.block(OPERATOR, "10. Back up and restore", 1))
     server.start(up, "restored")
     until_true(lambda: listening(server.entry), 60, "the restored server does not listen", homes)
     restored = json.loads(server.do("fedface server status ~/fedface-server --json"))
