@@ -71,7 +71,7 @@ from fedface.privacy.policy import EVALUATION, Purpose
 from fedface.privacy.spending import ENTRY_LIFETIME
 from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Vector
-from fedface.training.dp_sgd import check_mechanism
+from fedface.training.dp_sgd import check_mechanism, check_shares
 from fedface.training.training_methods import common_streams, noise_source, prepare_round
 
 log = logging.getLogger("fedface.device")
@@ -343,6 +343,8 @@ class _ReleaseTransaction:
         device.ready()
         if isinstance(mechanism := self.terms.mechanism(), GaussianSum):
             check_mechanism(mechanism, SecretNoise())
+        if self.terms.noise == "distributed":
+            check_shares(self.terms)
         return None
 
     @cached_property

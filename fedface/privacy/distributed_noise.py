@@ -20,8 +20,10 @@ noise. What each device does:
    privacy/discrete_gaussian.py shows that the sum costs what a Gaussian mechanism with this noise multiplier costs.
    More shares are more noise: post-processing.
 
-Devices that drop out, or that give their shares to the server, only lower the number of honest shares in a sum; the
-guarantee holds as long as `honest` of them remain. No sum can leave the ring: every integer and every share is bounded.
+Devices that drop out, or whose shares of the noise the server knows, only lower the number of honest shares in a sum;
+the guarantee holds as long as `honest` of them remain in it, and as long as the masks hide all but the sum: while at
+most `MaskGraph.corrupt` devices collude (aggregation/mask_graph.py), with more of whom the server could open single
+vectors. No sum can leave the ring: every integer and every share is bounded.
 
 Source: Kairouz, Liu and Steinke (2021); Agarwal, Kairouz and Liu (2021), arXiv:2110.04995, whose Skellam noise needs no
 lower limit on a share's variance but has no price as tight as a Gaussian's.
@@ -149,7 +151,8 @@ def noised_integers(update: Vector, noise: DistributedNoise) -> np.ndarray:
     """A device's vector as integers with its share of the noise; never call it twice on one update.
 
     Args:
-        update: Shape (d,). That of a library is clipped here; otherwise it is a sum of clipped vectors. One with a
+        update: Shape (d,). That of a library is clipped here; otherwise it is a sum of clipped vectors,
+            in float64: nothing may round it before it has noise. One with a
             non-finite entry counts as zero.
         noise: What the devices of the sum agreed on.
 

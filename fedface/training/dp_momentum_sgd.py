@@ -4,6 +4,11 @@ Each step is one `private_gradient` (Abadi et al. 2016, arXiv:1607.00133, Algori
 momentum (Polyak 1964) read noised gradients alone, so that they are post-processing (Dwork and Roth 2014, Proposition
 2.1) and cost no privacy. Adam is not used: its first step is the sign of the gradient, under noise a full step in a
 random direction on every weight.
+
+Where noise is added to the sum over devices, a device sends the clipped sum of its one step, and the server applies
+the learning rate and the batch size: there is no noise yet on the device, and scaling by numbers that a server chooses
+rounds and, below 1e-38, sets to zero. One unit more, which lifts a sum above such a limit, would move it by far more
+than its own vector.
 """
 
 from __future__ import annotations
@@ -14,8 +19,12 @@ from torch import Tensor, nn
 from fedface.models.lora import flatten_trainable
 from fedface.privacy.plan import DPParameters
 from fedface.tensor_types import StoredImages, Vector
-from fedface.training.dp_sgd import SampledMechanism, private_gradient
-from fedface.training.per_example_gradients import PerExampleProblem, with_deterministic_microbatch
+from fedface.training.dp_sgd import SampledMechanism, private_gradient, private_step_sum
+from fedface.training.per_example_gradients import (
+    PerExampleProblem,
+    trainable_parameters,
+    with_deterministic_microbatch,
+)
 from fedface.training.training_round import DPSGDSettings
 from fedface.training.unit_clipping import NoiseSource
 
@@ -39,9 +48,10 @@ def dp_sgd_update(
 ) -> Vector:
     """The change of the trained weights by `dp.schedule.steps_per_round` private steps, shape (d,).
 
-    Where noise is added to the sum over devices, it is exactly -lr times the one step's sum without noise.
+    Where noise is added to the sum over devices, it is the one step's sum of clipped gradients, float64, neither
+    divided by the batch size nor multiplied by the learning rate, see `descent`.
 
-    Photos enter only through `private_gradient`, once per step.
+    Photos enter only through `private_step_sum`, once per step.
 
     Args:
         problem: With the device's own copy of the network, which is changed.
@@ -53,6 +63,12 @@ def dp_sgd_update(
     """
     sampled = SampledMechanism.of(dp, rng)
     problem = with_deterministic_microbatch(problem, photos.shape[1:])
+    if dp.sends_sums:
+        total = private_step_sum(problem, photos, sampled, units=units)
+        trained = trainable_parameters(problem.network)
+        parts = torch.split(total, [weight.numel() for weight in trained.values()])
+        by_name = dict(zip(trained, parts, strict=True))
+        return torch.cat([by_name[name] for name in sorted(by_name)])  # as `flatten_trainable` orders weights
     lr = _scale_lr_for_noise(config, dp)
     before, weights = flatten_trainable(problem.network), problem.weights()
     velocity = [torch.zeros_like(weight) for weight in weights]
@@ -62,12 +78,16 @@ def dp_sgd_update(
         )
         with torch.no_grad():
             for weight, moving, gradient in zip(weights, velocity, gradients, strict=True):
-                if dp.sends_sums:  # a difference of weights would round what has no noise yet
-                    weight.copy_(gradient).mul_(-lr)
-                else:
-                    weight.sub_(moving.mul_(config.momentum).add_(gradient), alpha=lr)
-    after = flatten_trainable(problem.network)
-    return after if dp.sends_sums else after - before
+                weight.sub_(moving.mul_(config.momentum).add_(gradient), alpha=lr)
+    return flatten_trainable(problem.network) - before
+
+
+def descent(total: Vector, config: MomentumSettings, dp: DPParameters) -> Vector:
+    """The change of the trained weights that a sum over devices of `dp_sgd_update` stands for, shape (d,).
+
+    Post-processing: what arrives here has its noise.
+    """
+    return total * (-config.lr / dp.schedule.expected_batch_size) if dp.sends_sums else total
 
 
 def _scale_lr_for_noise(config: MomentumSettings, dp: DPParameters) -> float:
@@ -79,7 +99,7 @@ def _scale_lr_for_noise(config: MomentumSettings, dp: DPParameters) -> float:
 def descent_ranges(network: nn.Module, config: MomentumSettings, dp: DPParameters) -> Vector:
     """Public bounds on how far each trained weight moves in one round, for quantisation, shape (d,), all > 0.
 
-    Where a device sends its step's sum, what one unit of that sum moves a weight by.
+    Where a device sends its step's sum, ones: the sum is sent as it is.
 
     As many photos as expected, all pulling at one weight, move it by lr * clip norm in a step, which momentum
     repeats in the steps that follow; twice that leaves room for noise and for larger batches. A weight that moves
@@ -87,8 +107,7 @@ def descent_ranges(network: nn.Module, config: MomentumSettings, dp: DPParameter
     """
     momentum, schedule = config.momentum, config.schedule()
     if dp.sends_sums:
-        per_unit = config.lr / dp.schedule.expected_batch_size
-        return torch.full_like(flatten_trainable(network), per_unit)
+        return torch.ones_like(flatten_trainable(network))
     repeated = sum(
         (1.0 - momentum ** (step + 1)) / (1.0 - momentum) for step in range(schedule.steps_per_round)
     )

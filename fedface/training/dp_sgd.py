@@ -45,10 +45,11 @@ from torch import Tensor
 
 from fedface.errors import PrivacyError
 from fedface.privacy.clip_and_noise import add_noise
+from fedface.privacy.distributed_noise import DistributedNoise, from_sum, noised_integers
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise
-from fedface.tensor_types import Images, StoredImages
+from fedface.tensor_types import Images, StoredImages, Vector
 from fedface.training.per_example_gradients import (
     PerExampleProblem,
     Rows,
@@ -92,6 +93,11 @@ class SampledMechanism:
         """The positions of the photos that join, of units int64 (n,), a unit's photos adjacent; may be empty."""
         return sample_photos(units, self.sampling_rate, self.rng)
 
+    @property
+    def exact(self) -> bool:
+        """Whether sums are not rounded from float64: where noise is added elsewhere, nothing may come before it."""
+        return isinstance(self.mechanism, ClippedSum)
+
     def release(self, total: Tensor) -> Tensor:
         """The sum of clipped vectors, with Gaussian noise added once where the mechanism has some."""
         if isinstance(self.mechanism, ClippedSum):
@@ -132,6 +138,20 @@ def private_gradient(
     """
     if expected_batch_size < 1:
         raise ValueError(f"expected_batch_size must be at least 1, got {expected_batch_size}")
+    total = private_step_sum(problem, photos, sampled, units=units) / expected_batch_size
+    weights = problem.weights()
+    parts = torch.split(total, [weight.numel() for weight in weights])
+    return [part.view(weight.shape).to(weight) for part, weight in zip(parts, weights, strict=True)]
+
+
+def private_step_sum(
+    problem: PerExampleProblem,
+    photos: StoredImages,
+    sampled: SampledMechanism,
+    *,
+    units: Tensor | None = None,
+) -> Vector:
+    """The sum of a `private_gradient`, divided by nothing, shape (d,); float64 where no noise is added to it here."""
     members = unit_members(photos, units)
     joined = sampled.sample(members)
     totals = clipped_unit_sum(
@@ -139,13 +159,10 @@ def private_gradient(
         photos[joined],
         clip_norm=sampled.mechanism.clip_norm,
         units=None if units is None else members[joined],
+        exact=sampled.exact,
     )
     # One draw of noise for all weights: one for each weight would take longer than the clipping.
-    noised = sampled.release(torch.cat([total.flatten() for total in totals])) / expected_batch_size
-    return [
-        part.view_as(total)
-        for part, total in zip(torch.split(noised, [total.numel() for total in totals]), totals, strict=True)
-    ]
+    return sampled.release(torch.cat([total.flatten() for total in totals]))
 
 
 def private_sum(vectors: Tensor, sampled: SampledMechanism, *, units: Tensor | None = None) -> Tensor:
@@ -162,7 +179,7 @@ def private_sum(vectors: Tensor, sampled: SampledMechanism, *, units: Tensor | N
         units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps; None: each its own.
 
     Returns:
-        Shape (d,), not divided by anything.
+        Shape (d,), not divided by anything; float64 where no noise is added to it here.
     """
     return private_sum_of(
         lambda positions: vectors[positions], vectors.shape[1], unit_members(vectors, units), sampled
@@ -182,10 +199,10 @@ def private_sum_of(
     """
     joined = sampled.sample(units)
     if not len(joined):
-        return sampled.release(torch.zeros(width))
+        return sampled.release(torch.zeros(width, dtype=torch.float64 if sampled.exact else None))
     numbers, place = torch.unique_consecutive(units[joined], return_inverse=True)
     sums = torch.zeros(len(numbers), width).index_add_(0, place, rows(joined))
-    return sampled.release(clipped_sum([sums], sampled.mechanism.clip_norm)[0])
+    return sampled.release(clipped_sum([sums], sampled.mechanism.clip_norm, exact=sampled.exact)[0])
 
 
 def check_mechanism(mechanism: GaussianSum, rng: SecretNoise) -> None:
@@ -198,14 +215,8 @@ def check_mechanism(mechanism: GaussianSum, rng: SecretNoise) -> None:
     Raises:
         PrivacyError: What is wrong, and by how much.
     """
-    norm, sigma = mechanism.clip_norm, mechanism.sigma * mechanism.clip_norm
-    rows = torch.zeros(3, 64)
-    rows[0], rows[2, 0] = 10.0 * norm / 8.0, torch.nan
-    longest = float(torch.stack(clipped_sum([rows], norm)).double().norm())
-    if not longest <= norm * (1 + 1e-6):
-        raise PrivacyError(
-            f"a vector was clipped to L2 norm {longest:.6g} instead of {norm:.6g}; nothing was computed"
-        )
+    _check_clipping(mechanism.clip_norm)
+    sigma = mechanism.sigma * mechanism.clip_norm
     zeros = torch.zeros(NOISE_SAMPLES)
     one, two = (add_noise(zeros, mechanism, rng).double() for _ in range(2))
     error = sigma / NOISE_SAMPLES**0.5  # of the mean; that of the deviation is smaller by sqrt(2)
@@ -218,6 +229,40 @@ def check_mechanism(mechanism: GaussianSum, rng: SecretNoise) -> None:
         raise PrivacyError(
             f"the noise has mean {float(one.mean()):.3g} and standard deviation {spread:.6g}, expected 0 and "
             f"{sigma:.6g}, or repeats itself; nothing was computed"
+        )
+
+
+def check_shares(dp: DPParameters) -> None:
+    """The same of distributed noise: so many honest shares have at least the priced variance, within six errors.
+
+    Where the unit is the library, each vector's integers are measured when they are rounded.
+
+    Raises:
+        PrivacyError: What is wrong, and by how much.
+    """
+    mechanism = dp.released_mechanism()
+    noise = DistributedNoise.of(dp, NOISE_SAMPLES, dp.honest_devices)
+    assert noise is not None and isinstance(mechanism, GaussianSum)
+    if dp.unit != "library":
+        _check_clipping(mechanism.clip_norm)
+    zeros = torch.zeros(NOISE_SAMPLES)
+    one, two = (from_sum(noised_integers(zeros, noise), noise).double() for _ in range(2))
+    needed = mechanism.sigma * mechanism.clip_norm / dp.honest_devices**0.5
+    spread = float(one.std())
+    if spread < needed * (1 - 6 / (2 * NOISE_SAMPLES) ** 0.5) or torch.equal(one, two):
+        raise PrivacyError(
+            f"this device's share of the noise has standard deviation {spread:.6g}, expected at least {needed:.6g}, or "
+            "repeats itself; nothing was computed"
+        )
+
+
+def _check_clipping(norm: float) -> None:
+    rows = torch.zeros(3, 64)
+    rows[0], rows[2, 0] = 10.0 * norm / 8.0, torch.nan
+    longest = float(torch.stack(clipped_sum([rows], norm)).double().norm())
+    if not longest <= norm * (1 + 1e-6):
+        raise PrivacyError(
+            f"a vector was clipped to L2 norm {longest:.6g} instead of {norm:.6g}; nothing was computed"
         )
 
 

@@ -29,7 +29,7 @@ from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.synthetic.faces import render_people
 from fedface.tensor_types import Images, StoredImages, Vector
-from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_update
+from fedface.training.dp_momentum_sgd import MomentumSettings, descent, descent_ranges, dp_sgd_update
 from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.per_example_gradients import (
     Draws,
@@ -74,7 +74,7 @@ class FlowTrainingConfig(MomentumSettings):
     noise_draws: Annotated[int, In(f"[1, {_EVALUATIONS_AT_ONCE}]")] = 1
     # Times run from 0 (noise); early ones decide what a face looks like
     max_time: Annotated[float, In("(0, 1]")] = 1.0
-    lr: Annotated[float, In("(0, 1000)")] = 0.1  # of gradient descent
+    lr: Annotated[float, In("[1e-6, 1000)")] = 0.1  # of gradient descent
     # Noise multiplier above which lr falls as 1 / noise
     lr_noise_threshold: Annotated[float, In("(0, 1000]")] = 0.5
     # Fraction of the last step repeated in the next of the same round
@@ -159,7 +159,7 @@ class FlowRound:
     def update(
         self, photos: StoredImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
     ) -> Vector:
-        """Trained weights after minus before, in the order of their names, shape (d,); see `TrainingRound`.
+        """What a device sends of its trained weights, in the order of their names, shape (d,), see `dp_sgd_update`.
 
         `streams` is not used: a flow's draws are as secret as its coins.
         """
@@ -194,7 +194,8 @@ class FlowRound:
 
     def apply(self, total: Vector, devices: int, rng: torch.Generator) -> Model:
         """The mean update applied."""
-        return apply_mean_update(self.model, total, devices, self.config.server_lr)
+        change = descent(total, self.config, self.dp)
+        return apply_mean_update(self.model, change, devices, self.config.server_lr)
 
 
 def public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tensor] | None:

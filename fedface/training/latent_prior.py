@@ -108,6 +108,8 @@ class PriorRound:
     ) -> Vector:
         """The noised sum of the photos' vectors over the public divisor, (1 + z + p,), see `photo_vectors`.
 
+        Where noise is added to the sum over devices, the sum itself, float64: to divide it would round it before noise.
+
         Guarantees:
             * Photos enter only through `private_sum`, once, and each is encoded by itself: a row depends on its photo
               alone, to the last bit. In a batch the size decides which kernels run, whose roundings differ, and an
@@ -129,7 +131,7 @@ class PriorRound:
             SampledMechanism.of(self.dp, rng),
             units=guaranteed_units(self.dp, units),
         )
-        return total / schedule.expected_batch_size
+        return total if self.dp.sends_sums else total.float() / schedule.expected_batch_size
 
     def ranges(self) -> Vector:
         """Public bounds of what a device sends, for quantisation, shape (1 + z + p,), all > 0.
@@ -139,7 +141,7 @@ class PriorRound:
         """
         layout = _layout(self.model.network(LatentEncoder).latent_width, self.config)
         if self.dp.sends_sums:  # what is sent is then the sum itself
-            return torch.full((sum(layout.sizes),), 1.0 / self.dp.schedule.expected_batch_size)
+            return torch.ones(sum(layout.sizes))
         photos = self.config.max_photos / self.config.expected_batch_size
         bounds = torch.tensor([layout.count, 3.0 * layout.first, 9.0 * layout.squares], dtype=torch.float64)
         return (photos * bounds).float().repeat_interleave(torch.tensor(layout.sizes))
@@ -152,8 +154,9 @@ class PriorRound:
     def apply(self, total: Vector, devices: int, rng: torch.Generator) -> Model:
         """The generator with a refitted prior, and its mean style estimated anew."""
         encoder = self.model.network(LatentEncoder)
+        divisor = self.dp.schedule.expected_batch_size if self.dp.sends_sums else 1
         generator = fit_latent_prior(
-            self.model.network(StyleGAN2), total, devices, self.config, self.dp, encoder=encoder
+            self.model.network(StyleGAN2), total / divisor, devices, self.config, self.dp, encoder=encoder
         )
         estimate_mean_style(generator, rng)
         architecture = EncoderArchitecture(generator=generator.config, encoder=encoder.config)
@@ -276,7 +279,7 @@ def fit_latent_prior(
 
     Args:
         generator: Not changed; a prior that was fitted before is replaced in the copy.
-        total: The sum of `PriorRound.update` over the devices, (1 + z + p,); ValueError for another length.
+        total: The photos' sums over the public divisor, over all devices, (1 + z + p,); ValueError for another length.
         devices: How many devices are in the sum, >= 1.
         config: As on the devices.
         dp: As on the devices; it determines the noise in the sum.

@@ -93,13 +93,18 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def clipped_unit_sum(
-    problem: PerExampleProblem, photos: StoredImages, *, clip_norm: float, units: Tensor | None = None
+    problem: PerExampleProblem,
+    photos: StoredImages,
+    *,
+    clip_norm: float,
+    units: Tensor | None = None,
+    exact: bool = False,
 ) -> list[Tensor]:
     """The sum over units of their photos' summed gradients, each unit's clipped to L2 norm `clip_norm`.
 
     Guarantees:
-        * One unit more or less moves the sum by at most `clip_norm`, up to float32 roundings within a microbatch and
-          one of the whole sum, of about n / 2^24 clip norms each.
+        * One unit more or less moves the sum by at most `clip_norm`, up to one rounding of the whole sum to the dtype
+          of the weights, of about n / 2^24 clip norms: it is added up in float64.
         * A unit with a non-finite number adds nothing.
         * What one unit adds does not depend on the others, to the last bit, if the loss keeps photos apart.
         * The gradients of exactly `microbatch` images, and the sum of one unit, are in memory at once.
@@ -110,6 +115,7 @@ def clipped_unit_sum(
         clip_norm: Largest L2 norm of one unit's gradient over all weights, after scaling, > 0.
         units: Which unit each photo belongs to, (n,) int64, a unit's photos adjacent; None: each its own. Units may
             straddle microbatches.
+        exact: Whether to return the sum in float64 instead, without that rounding.
 
     Returns:
         One tensor (*weight.shape) per trained parameter, in the order of `network.parameters()`.
@@ -137,7 +143,7 @@ def clipped_unit_sum(
         elif len(part):
             accumulator.add_units(gradients.each, units[start : start + microbatch])
     accumulator.end_unit()
-    return accumulator.totals()
+    return accumulator.totals(exact=exact)
 
 
 def _padded(photos: Images, microbatch: int) -> Images:
@@ -210,11 +216,12 @@ def with_deterministic_microbatch(problem: PerExampleProblem, shape: Sequence[in
 
     def remembered(key: Hashable, problems: Iterable[PerExampleProblem], zero_shows: bool) -> bool:
         if problem.recipe is not None and key in _deterministic:
+            _deterministic[key] = _deterministic.pop(key)
             return _deterministic[key]
         same = all(_is_deterministic(each, shape, draws, zero_shows=zero_shows) for each in problems)
         if problem.recipe is not None:
-            if len(_deterministic) >= MAX_REMEMBERED:
-                _deterministic.clear()
+            if len(_deterministic) >= MAX_REMEMBERED:  # the oldest: a round's own must outlast it
+                del _deterministic[next(iter(_deterministic))]
             _deterministic[key] = same
         return same
 

@@ -32,7 +32,7 @@ from fedface.models.model import (
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, StoredImages, Vector
-from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_update
+from fedface.training.dp_momentum_sgd import MomentumSettings, descent, descent_ranges, dp_sgd_update
 from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.per_example_gradients import (
     Network,
@@ -75,7 +75,7 @@ class UpsamplerTrainingConfig(MomentumSettings):
     downscale: Degradation = field(default_factory=lambda: BicubicPulse(4))
     # Of the squared difference after the downscale
     consistency_weight: Annotated[float, In("[0, 10000]")] = 10.0
-    lr: Annotated[float, In("(0, 1000)")] = 1.0  # of gradient descent
+    lr: Annotated[float, In("[1e-6, 1000)")] = 1.0  # of gradient descent
     # Noise multiplier above which lr falls as 1 / noise
     lr_noise_threshold: Annotated[float, In("(0, 1000]")] = 0.5
     # Fraction of the last step repeated in the next of the same round
@@ -155,7 +155,7 @@ class UpsamplerRound:
     def update(
         self, photos: StoredImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
     ) -> Vector:
-        """Trained weights after minus before, in the order of their names, shape (d,); see `TrainingRound`."""
+        """What a device sends of its trained weights, in the order of their names, shape (d,), see `dp_sgd_update`."""
         config = self.config
         values = check_trainable(self.model.architecture, config)
         network = copy.deepcopy(self.model.upsampler)
@@ -180,7 +180,8 @@ class UpsamplerRound:
 
     def apply(self, total: Vector, devices: int, rng: torch.Generator) -> Model:
         """The mean update applied."""
-        return apply_mean_update(self.model, total, devices, self.config.server_lr)
+        change = descent(total, self.config, self.dp)
+        return apply_mean_update(self.model, change, devices, self.config.server_lr)
 
     def _loss(self) -> PerExampleLoss:
         return reconstruction_loss(self.config.downscale, self.config.consistency_weight)

@@ -176,6 +176,18 @@ def test_one_photo_more_changes_the_integers_of_a_sum_by_the_bound_at_most(
         assert n.max_devices * (abs(number) + n.share.largest) < 2**31 and number * far > 0
 
 
+@pytest.mark.parametrize("unit", ["library", "photo"])
+def test_numbers_are_rounded_at_random_and_keep_their_mean(
+    monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """0.3 becomes 0 or 1, of mean 0.3: rounded to the nearest, one photo could move every number by a whole one."""
+    monkeypatch.setattr(DiscreteGaussian, "sample", lambda self, count, secret: np.zeros(count, np.int64))
+    n = noise(unit=unit, length=100_000)
+    integers = noised_integers(torch.full((n.length,), 0.3 * n.step), n)
+    assert set(integers.tolist()) == {0, 1}
+    assert integers.mean() == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / n.length))
+
+
 def test_rounding_a_sum_once_costs_at_most_what_rounding_each_photo_does() -> None:
     """By brute force: a sum of 0.3 and one photo of 1.7 more, which rounded is 2 at most."""
     total = np.pad(probabilities(16, 3), (0, 2))
@@ -198,6 +210,8 @@ def test_per_photo_a_round_is_one_private_step_at_the_price_of_local_noise() -> 
     assert flatten_event(shared.event()) == flatten_event(local.event())
     agreed = DistributedNoise.of(shared, 50, 8)
     assert agreed is not None and (agreed.unit, agreed.clip_norm) == ("photo", 0.3)
+    small = DistributedNoise.of(replace(shared, update_clip_norm=0.01), 50, 8)
+    assert small == agreed  # the clip norm of updates is none of photos
     assert (shared.noises_in_sum(8), local.noises_in_sum(8)) == (2.0, 8.0)
     with pytest.raises(ValueError, match="steps_per_round must be 1 with distributed noise per photo"):
         replace(shared, schedule=replace(schedule, steps_per_round=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 from fedface.errors import PrivacyError
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
 from fedface.privacy.clip_and_noise import add_noise
+from fedface.privacy.distributed_noise import DistributedNoise, noised_integers
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
+from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.dp_sgd import (
     SampledMechanism,
     check_mechanism,
     check_per_example_gradients,
+    check_shares,
     private_gradient,
 )
 from fedface.training.per_example_gradients import (
@@ -187,7 +191,7 @@ def test_one_photo_more_moves_a_large_sum_by_no_more(microbatch: int | None) -> 
         clipping = ClippedSumAccumulator([torch.zeros(width)], 1.0)
         for part in torch.split(rows, microbatch):
             clipping.add(MicrobatchGradients([part], []))
-        return clipping.totals()[0].double()
+        return clipping.totals(exact=False)[0].double()
 
     moved = float((total(torch.cat([long[:1], without])) - total(without)).norm())
     assert moved == approx(1.0, abs=2 * len(without) / 2**24)
@@ -451,6 +455,30 @@ def test_a_mechanism_that_is_not_the_priced_one_is_refused(
         check_mechanism(GaussianSum(clip_norm=0.5, sigma=2.0), SecretNoise())
     for clip_norm in (1e-3, 1.0, 1e3):
         check_mechanism(GaussianSum(clip_norm=clip_norm, sigma=2.0), SecretNoise())
+
+
+@pytest.mark.parametrize(("unit", "clip"), [("photo", 0.5), ("library", 0.02)])
+def test_a_share_of_less_noise_than_is_priced_is_refused(
+    monkeypatch: pytest.MonkeyPatch, unit: Literal["photo", "library"], clip: float
+) -> None:
+    """Three honest shares have the variance of the sum, at the clip norm of the unit; half of one is too little."""
+    schedule = Schedule(rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch_size=1, clip_norm=0.5)
+    dp = DPParameters(
+        schedule=schedule,
+        noise_multiplier=2.0,
+        unit=unit,
+        update_clip_norm=0.02,
+        noise="distributed",
+        honest_devices=3,
+    )
+    check_shares(dp)
+    priced, seen = DistributedNoise.of(dp, 10, 3), noised_integers
+    assert priced is not None and priced.clip_norm == clip
+    monkeypatch.setattr(
+        "fedface.training.dp_sgd.noised_integers", lambda update, noise: seen(update, noise) // 2
+    )
+    with pytest.raises(PrivacyError, match="this device's share of the noise has standard deviation"):
+        check_shares(dp)
 
 
 def test_clipping_that_does_not_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

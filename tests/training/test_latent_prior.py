@@ -101,7 +101,7 @@ def test_with_distributed_noise_a_device_sends_the_sum_of_its_photos_vectors() -
     work = prior_round(encoder(), recipe, dp)
     sums = work.update(photos(5), rng=SecretNoise(), streams=STREAMS) / work.ranges()
     vectors = torch.cat([photo_vectors(encoder()(photo), recipe) for photo in photos(5).split(1)])
-    torch.testing.assert_close(sums, vectors.sum(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sums, vectors.double().sum(0), atol=1e-5, rtol=1e-4)
 
 
 def spread_latents(count: int) -> Latents:
@@ -256,7 +256,7 @@ def test_a_private_sum_equals_a_slow_loop() -> None:
         if math.isfinite(length):
             slow += row * min(1.0, 1.5 / length)
     fast = private_sum(vectors, SampledMechanism(ClippedSum(clip_norm=1.5), 1.0, STREAMS.generator("coins")))
-    assert torch.allclose(fast, slow, atol=1e-6)
+    assert torch.allclose(fast.float(), slow, atol=1e-6)
 
 
 def test_every_photo_is_used_without_amplification_by_sampling() -> None:

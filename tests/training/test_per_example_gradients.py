@@ -496,8 +496,8 @@ def test_a_microbatch_is_checked_with_its_own_weights_too() -> None:
             seen = self.layer(photos.flatten(1))[:, 0]
             return seen * (1 + torch.arange(len(seen)) * (seen.detach() > 1e6))
 
-    for size, microbatch in ((1.0, 16), (1e6, 1)):
-        problem = PerExampleProblem(Counting(size), output, microbatch=16)
+    for size, microbatch in ((1.0, 16), (1e6, 1), (1.0, 16)):  # also where results are remembered
+        problem = PerExampleProblem(Counting(size), output, microbatch=16, recipe="counting")
         assert with_deterministic_microbatch(problem, (3, 4, 4)).microbatch == microbatch
 
 

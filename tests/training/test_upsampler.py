@@ -105,8 +105,13 @@ def test_with_distributed_noise_a_device_sends_the_sum_of_its_one_step(name: str
     shared = UpsamplerRound(model, CONFIG, replace(dp, noise="distributed", honest_devices=3))
     sent = shared.update(PHOTOS, rng=SecretNoise(), streams=STREAMS)
     plain = UpsamplerRound(model, CONFIG, dp_parameters()).update(PHOTOS, rng=seeded(), streams=STREAMS)
-    torch.testing.assert_close(sent, plain, atol=1e-6, rtol=1e-3)
-    torch.testing.assert_close(sent / shared.ranges(), plain * 4 / 0.2, atol=3e-5, rtol=1e-3)
+    torch.testing.assert_close(sent / shared.ranges(), plain.double() * 4 / -0.2, atol=3e-5, rtol=1e-3)
+    whole = UpsamplerRound(model, CONFIG, dp_parameters())
+    one, other = (
+        flatten_parameters(*work.apply(total.float(), 2, torch.Generator()).modules())
+        for work, total in ((shared, sent), (whole, plain))
+    )
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
     assert not shared.update(PHOTOS[:0], rng=SecretNoise(), streams=STREAMS).any()
 
 
