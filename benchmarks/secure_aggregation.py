@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import tenseal
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedface.aggregation.payload import (
     AggregationConfig,
@@ -28,10 +27,8 @@ from fedface.aggregation.payload import (
     HomomorphicConfig,
     MaskedConfig,
     PlainConfig,
-    SumContext,
 )
-from fedface.aggregation.protocols import DeviceKeys, device_sum, make_keys, server_sum
-from fedface.aggregation.rehearsal import rehearse
+from fedface.aggregation.rehearsal import rehearse_protocol
 
 RANGE = 0.1  # R, the public range of a weight
 ROW = "| {:>9} | {:>7} | {:>8} | {:<11} | {:>7} | {:>8} | {:>8} | {:>8} | {:>9} | {:>8} | {:>6} |"
@@ -55,17 +52,8 @@ class Cost:
 def measure(config: AggregationConfig, vector: torch.Tensor, devices: int, dropouts: float) -> Cost:
     """One sum of so many devices, of which a fraction is lost before it sends its masked vector."""
     agreement = AggregationParameters(value_range=RANGE, max_devices=devices)
-    context = SumContext(run="benchmark", round=1, sum_of="updates", model="", terms="", cohort=devices)
-    shared = make_keys(config, agreement)
-    members = {
-        member: device_sum(
-            config, agreement, DeviceKeys(signing=Ed25519PrivateKey.generate(), shared=shared), context
-        )
-        for member in range(devices)
-    }
     gone = frozenset(range(int(dropouts * devices)))
-    server = server_sum(config, agreement, context, len(vector))
-    done = rehearse(server, members, lambda member: vector, 1, {"masked": gone})
+    done = rehearse_protocol(config, agreement, vector, devices, {"masked": gone})
     count = done.result.count
     bits = 0 if isinstance(config, PlainConfig) else config.bits
     return Cost(

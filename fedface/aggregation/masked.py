@@ -65,12 +65,9 @@ MAX_PARTICIPANTS = 1 << 14
 _AT_ONCE = 1 << 16  # bytes of a mask that stay in the processor's cache
 _KEYS = struct.Struct(f">{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}s32sI{SIGNATURE_BYTES}s")
 _COUNT = struct.Struct(">I")
-SEALED = struct.Struct(
-    f">I{2 + 2 * SHARE_BYTES + 16}s"
-)  # index, then number and both shares with a tag of 16 bytes
-GIVEN = struct.Struct(
-    f">I{2 + 2 * SHARE_BYTES + 16}s32s32s"
-)  # the same, then what each share is checked against
+_SEALED = f">I{2 + 2 * SHARE_BYTES + 16}s"  # index, then number and both shares with a tag of 16 bytes
+SEALED = struct.Struct(_SEALED)
+GIVEN = struct.Struct(f"{_SEALED}32s32s")  # the same, then what each share is checked against
 SHARE = struct.Struct(f">I2s{SHARE_BYTES}s")  # of whom, its number, the share
 SIGNATURE = struct.Struct(f">I{SIGNATURE_BYTES}s")
 
@@ -245,11 +242,11 @@ class Participants:
     def mask_key(self, secret: bytes, included: Members, one: int, other: int) -> bytes:
         """The key of the mask that two participants share."""
         pair = (self.keys[index].device for index in sorted((one, other)))
-        return derive(secret, b"mask", self.digest, included.to_bytes(), *pair)
+        return derive(secret, b"mask", self.digest, included.written, *pair)
 
     def own_mask_key(self, secret: bytes, included: Members, own: int) -> bytes:
         """The key of a participant's own mask."""
-        return derive(secret, b"own mask", self.digest, included.to_bytes(), self.keys[own].device)
+        return derive(secret, b"own mask", self.digest, included.written, self.keys[own].device)
 
     def sealing_key(self, private: X25519PrivateKey, sender: int, receiver: int, *, own: int) -> bytes:
         """The key under which one participant encrypts its shares to another; used for one message."""
@@ -259,11 +256,18 @@ class Participants:
 
     def included_signed(self, included: Members) -> bytes:
         """What a participant signs of the list of those who gave shares."""
-        return digest(b"fedface included", self.digest, included.to_bytes())
+        return digest(b"fedface included", self.digest, included.written)
 
     def survivors_signed(self, included: Members, survivors: Members) -> bytes:
         """What a participant signs of the list of survivors."""
-        return digest(b"fedface survivors", self.digest, included.to_bytes(), survivors.to_bytes())
+        return digest(b"fedface survivors", self.digest, included.written, survivors.written)
+
+    def signers(self, written: bytes, content: bytes, problem: str) -> frozenset[int]:
+        """The participants whose signatures these are. Raises AggregationError with the problem if one is wrong."""
+        signed = entries(SIGNATURE, written, len(self.keys), most=len(self.keys))
+        for index, (signature,) in signed.items():
+            verify(self.keys[index].device, signature, content, problem)
+        return frozenset(signed)
 
     def check_size(self) -> None:
         """Raises AggregationError if an owner demands a larger sum than of all participants."""
@@ -291,13 +295,14 @@ class Members:
 
     indices: frozenset[int]
 
-    def to_bytes(self) -> bytes:
+    @cached_property
+    def written(self) -> bytes:
         """Ascending, 4 bytes each."""
         return b"".join(map(_COUNT.pack, sorted(self.indices)))
 
     @staticmethod
     def from_bytes(written: bytes, count: int) -> Members:
-        """Inverse of `to_bytes`, for indices below `count`. Raises AggregationError."""
+        """Inverse of `written`, for indices below `count`. Raises AggregationError."""
         if len(written) % _COUNT.size:
             raise AggregationError("a list of participants is cut short")
         indices = [index for (index,) in _COUNT.iter_unpack(written)]

@@ -25,7 +25,6 @@ from fedface.aggregation.masked import (
     MAX_PARTICIPANTS,
     SEALED,
     SHARE,
-    SIGNATURE,
     Grid,
     KeyMessage,
     Members,
@@ -41,7 +40,6 @@ from fedface.aggregation.masked import (
     read_message,
     settings,
     shared_secret,
-    verify,
 )
 from fedface.aggregation.payload import AggregationParameters, Exchange, MaskedConfig, Payload, SumContext
 from fedface.aggregation.shamir import SHARE_BYTES, split
@@ -92,21 +90,22 @@ class MaskedDevice:
     def _settings(self) -> bytes:
         return settings(self.config, self.agreement)
 
-    def opening(self, stored: Payload) -> Payload:
-        """What is sent first: this device's keys for this sum."""
-        return stored if stored.header.get("exchange") == "keys" else self._sum(stored).keys()
+    def opening(self, stored: bytes) -> bytes:
+        """What is sent first: this device's keys for this sum. After the last exchange, they are what is stored."""
+        payload = Payload.from_bytes(stored)
+        return stored if payload.header.get("exchange") == "keys" else self._sum(payload).keys().to_bytes()
 
-    def closed(self, stored: Payload) -> Payload:
-        """What stays after the last exchange: the keys alone. Whoever takes the device later reads no update."""
+    def closed(self, stored: bytes) -> bytes:
+        """The keys alone: whoever takes the device later reads no update."""
         return self.opening(stored)
 
-    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload) -> bytes:
+    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: bytes) -> bytes:
         """The answer to one exchange.
 
         Args:
             exchange: Which one.
             requests: What was asked in it and in those before, one for each; another one must never be answered.
-            stored: What `protect` returned.
+            stored: What `protect` returned, as bytes.
 
         Raises:
             AggregationError: A request is not one that an honest server sends; nothing may be sent.
@@ -116,7 +115,7 @@ class MaskedDevice:
         missing = [name for name in EXCHANGES[: EXCHANGES.index(exchange) + 1] if name not in requests]
         if missing:
             raise AggregationError(f"this device was not asked for {missing[0]!r} before {exchange!r}")
-        return self._sum(stored).answer(exchange, requests).to_bytes()
+        return self._sum(Payload.from_bytes(stored)).answer(exchange, requests).to_bytes()
 
     def _sum(self, stored: Payload) -> _DeviceSum:
         secret, integers = message_parts(stored, "stored", 2, length=stored.length, round=stored.round)
@@ -311,26 +310,18 @@ class _Partners:
             raise AggregationError("this device is not among the survivors")
         self.participants.check_survivors(included, survivors)
         if len(survivors.indices & set(self.chosen)) < self.participants.graph.threshold:
-            raise AggregationError(
-                "too few of this device's partners have survived"
-            )  # they alone hide its vector
+            # They alone hide its vector.
+            raise AggregationError("too few of this device's partners have survived")
         return survivors
 
     def check_signatures(self, included: Members, survivors: Members, written: bytes) -> None:
         """Raises AggregationError unless enough survivors have signed these two lists."""
         everybody = self.participants
         content = everybody.survivors_signed(included, survivors)
-        signed = entries(SIGNATURE, written, len(everybody.keys), most=len(everybody.keys))
-        if not survivors.indices >= set(signed) or len(signed) < everybody.fewest:
+        signed = everybody.signers(written, content, "a participant has not signed these survivors")
+        if not survivors.indices >= signed or len(signed) < everybody.fewest:
             raise AggregationError(
                 f"{len(signed)} participants have signed the list of survivors, {everybody.fewest} must"
-            )
-        for index, (signature,) in signed.items():
-            verify(
-                everybody.keys[index].device,
-                signature,
-                content,
-                "a participant has not signed these survivors",
             )
 
     def agreeing(self, included: Members, written: bytes) -> frozenset[int]:
@@ -338,17 +329,8 @@ class _Partners:
 
         Raises AggregationError if a signature is wrong.
         """
-        everybody = self.participants
-        content = everybody.included_signed(included)
-        signed = entries(SIGNATURE, written, len(everybody.keys), most=len(everybody.keys))
-        for index, (signature,) in signed.items():
-            verify(
-                everybody.keys[index].device,
-                signature,
-                content,
-                "a participant has masked for other participants",
-            )
-        return frozenset(signed)
+        content = self.participants.included_signed(included)
+        return self.participants.signers(written, content, "a participant has masked for other participants")
 
     def revealed(self, survivors: Members, agreeing: frozenset[int], received: Mapping[int, bytes]) -> bytes:
         """For each who gave this device shares: of a survivor that of its own mask, else that of its masking key."""

@@ -6,10 +6,11 @@ one request only: a server that restarts asks the same again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -65,26 +66,40 @@ class MaskedServer:
         self._config, self._context, self._length, self._file = config, context, length, stored
         self._fewest = fewest
         self._keys: dict[int, KeyMessage] = {}
+        self._taken: set[bytes] = set()  # every key that a participant has
         self._probe = X25519PrivateKey.generate()
         self._state = _Stored()
         if stored is not None and stored.exists():
             self._state = _Stored.from_bytes(stored.read_bytes(), length, context.round)
+
+    @cached_property
+    def _everybody(self) -> Participants:
+        return Participants.from_bytes(self._state.participants, self._context, self._config)
+
+    @cached_property
+    def _indices(self) -> dict[KeyMessage, int]:
+        return {keys: index for index, keys in enumerate(self._everybody.keys)}
+
+    @property
+    def _members(self) -> dict[int, int]:
+        """By index."""
+        return {self._indices[keys]: member for member, keys in self._keys.items()}
 
     def accept(self, member: int, payload: Payload, device: str) -> None:
         """Take a device's keys. Raises AggregationError with what is wrong with them."""
         (written,) = message_parts(payload, "keys", 1, length=self._length, round=self._context.round)
         keys = KeyMessage.from_bytes(written)
         keys.check(self._context)
-        if any(keys.device == other.device for other in self._keys.values()):
+        if keys.device in self._taken:
             raise AggregationError("another device has the same signing key; give each its own state folder")
-        known = {key for other in self._keys.values() for key in (other.encryption, other.masking)}
-        if len(known | {keys.encryption, keys.masking}) != len(known) + 2:
+        if keys.encryption == keys.masking or {keys.encryption, keys.masking} & self._taken:
             raise AggregationError("its keys are those of another device, or equal")
         for key in (keys.encryption, keys.masking):
             shared_secret(self._probe, key)  # of small order: every partner would stop
-        if self._state.participants and keys.to_bytes() not in self._known():
+        if self._state.participants and keys not in self._indices:
             raise AggregationError("the sum of this round was begun without this device")
         self._keys[member] = keys
+        self._taken |= {keys.device, keys.encryption, keys.masking}
 
     def close(self) -> Mapping[int, str]:
         """Those whose owners demand larger sums than there can be."""
@@ -99,151 +114,141 @@ class MaskedServer:
                 left[member] = f"its owner demands a sum of {demanded} devices, {count} gave keys"
         return left
 
-    def _known(self) -> set[bytes]:
-        return {each.to_bytes() for each in self._participants().keys}
-
-    def _participants(self) -> Participants:
-        return Participants.from_bytes(self._state.participants, self._context, self._config)
-
     def exchanges(self) -> Iterator[Request]:
         """What to ask the devices, one exchange after the other; the next is made from the answers.
 
+        What was asked and answered before a restart is not asked again, or asked in the same words.
+
         Raises AggregationError if too few devices remain.
         """
-        if not self._state.participants:
-            ordered = sorted(self._keys.values(), key=lambda keys: keys.device)
-            everybody = Participants(context=self._context, config=self._config, keys=tuple(ordered))
-            everybody.check_size()
-            self._state.participants = everybody.to_bytes()
+        state = self._state
+        if not state.participants:
+            ordered = tuple(sorted(self._keys.values(), key=lambda keys: keys.device))
+            begun = Participants(context=self._context, config=self._config, keys=ordered)
+            begun.check_size()
+            state.participants = begun.to_bytes()
             self._save()
-        everybody = self._participants()
-        members = {
-            next(index for index, each in enumerate(everybody.keys) if each == keys): member
-            for member, keys in self._keys.items()
-        }
-        if not self._state.shares:
-            given: dict[int, bytes] = {}
-
-            def give(index: int, parts: tuple[bytes, ...]) -> None:
-                given[index] = self._checked_shares(everybody, index, parts[0])
-
-            asked = {member: (self._state.participants,) for member in members.values()}
-            yield self._request("shares", asked, members, give)
-            self._check_enough(everybody, len(given), "gave shares")
-            self._state.shares = given
-            self._save()
-        partners = _Partners(participants=everybody, shares=self._state.shares)
-        included = partners.included
-        if self._state.total is None:
-            total, arrived = np.zeros(self._length, np.uint32), dict[int, bytes]()
-
-            def add(index: int, parts: tuple[bytes, ...]) -> None:
-                if len(parts[0]) != 4 * self._length:
-                    raise AggregationError(
-                        f"expected {self._length} masked numbers, got {len(parts[0])} bytes"
-                    )
-                agreed = everybody.included_signed(included)
-                verify(everybody.keys[index].device, parts[1], agreed, "it has not signed the participants")
-                np.add(total, np.frombuffer(parts[0], dtype="<u4"), out=total)
-                arrived[index] = parts[1]
-
-            passed_on = {
-                members[index]: (included.to_bytes(), partners.for_receiver(index))
-                for index in included.indices & set(members)
-            }
-            yield self._request("masked", passed_on, members, add)
-            survivors = Members(indices=frozenset(arrived))
-            everybody.check_survivors(included, survivors)
-            if len(arrived) < self._fewest:
-                raise AggregationError(f"{len(arrived)} vectors arrived, {self._fewest} are needed")
-            self._state.total = total
-            self._state.arrived = b"".join(
-                SIGNATURE.pack(index, each) for index, each in sorted(arrived.items())
-            )
-            self._save()
-        agreed = entries(SIGNATURE, self._state.arrived, len(everybody.keys), most=len(everybody.keys))
-        survivors = Members(indices=frozenset(agreed))
-        there = {index: member for index, member in members.items() if index in survivors.indices}
-        content = everybody.survivors_signed(included, survivors)
-        signed: dict[int, bytes] = {}
-
-        def sign(index: int, parts: tuple[bytes, ...]) -> None:
-            verify(everybody.keys[index].device, parts[0], content, "its signature of the survivors is wrong")
-            signed[index] = parts[0]
-
-        if not self._state.signatures:
-            asked = {member: (survivors.to_bytes(),) for member in there.values()}
-            yield self._request("survivors", asked, there, sign)
-            self._check_enough(everybody, len(signed), "signed the list of survivors")
-            self._state.signatures = b"".join(
-                SIGNATURE.pack(index, each) for index, each in sorted(signed.items())
-            )
-            self._save()
-        signatures = self._state.signatures
-        unmasking = _Unmasking(partners, survivors)
-        shown = {
-            member: (
-                signatures,
-                b"".join(
-                    SIGNATURE.pack(sender, agreed[sender][0])
-                    for sender in partners.senders_to(index)
-                    if sender in agreed
-                ),
-            )
-            for index, member in there.items()
-        }
-        yield self._request("reveal", shown, there, unmasking.take)
-        total = self._state.total.copy()
+        if not state.shares:
+            yield from self._ask_shares()
+        given = _GivenShares(participants=self._everybody, shares=state.shares)
+        if state.total is None:
+            yield from self._ask_masked(given)
+        assert state.total is not None
+        survivors = Members(indices=frozenset(state.arrived))
+        if not state.signatures:
+            yield from self._ask_survivors(given.included, survivors)
+        unmasking = _Unmasking(given, survivors)
+        yield self._request(
+            "reveal",
+            {
+                index: (_signatures(state.signatures), _signatures(state.arrived, given.senders_to(index)))
+                for index in survivors.indices
+            },
+            unmasking.take,
+        )
+        total = state.total.copy()
         unmasking.unmask(total)
+        members = self._members
         self._result = SumResult(
             total=self._grid.from_ring(total, len(survivors.indices)),
             members=frozenset(members[index] for index in survivors.indices if index in members),
             count=len(survivors.indices),
         )
 
+    def _ask_shares(self) -> Iterator[Request]:
+        partners = self._everybody.graph.partners
+        given: dict[int, bytes] = {}
+
+        def give(index: int, parts: tuple[bytes, ...]) -> None:
+            found = entries(GIVEN, parts[0], len(self._everybody.keys), most=partners)
+            if len(found) != partners or index in found:
+                raise AggregationError(f"expected shares for {partners} others, got {len(found)}")
+            given[index] = parts[0]
+
+        yield self._request("shares", dict.fromkeys(self._members, (self._state.participants,)), give)
+        self._check_enough(len(given), "gave shares")
+        self._state.shares = given
+        self._save()
+
+    def _ask_masked(self, given: _GivenShares) -> Iterator[Request]:
+        everybody, included = self._everybody, given.included
+        total, arrived = np.zeros(self._length, np.uint32), dict[int, bytes]()
+        agreed = everybody.included_signed(included)
+
+        def add(index: int, parts: tuple[bytes, ...]) -> None:
+            vector, signature = parts
+            if len(vector) != 4 * self._length:
+                raise AggregationError(f"expected {self._length} masked numbers, got {len(vector)} bytes")
+            verify(everybody.keys[index].device, signature, agreed, "it has not signed the participants")
+            np.add(total, np.frombuffer(vector, dtype="<u4"), out=total)
+            arrived[index] = signature
+
+        passed_on = {index: (included.written, given.for_receiver(index)) for index in included.indices}
+        yield self._request("masked", passed_on, add)
+        everybody.check_survivors(included, Members(indices=frozenset(arrived)))
+        if len(arrived) < self._fewest:
+            raise AggregationError(f"{len(arrived)} vectors arrived, {self._fewest} are needed")
+        self._state.total, self._state.arrived = total, arrived
+        self._save()
+
+    def _ask_survivors(self, included: Members, survivors: Members) -> Iterator[Request]:
+        everybody, signed = self._everybody, dict[int, bytes]()
+        content = everybody.survivors_signed(included, survivors)
+
+        def sign(index: int, parts: tuple[bytes, ...]) -> None:
+            verify(everybody.keys[index].device, parts[0], content, "its signature of the survivors is wrong")
+            signed[index] = parts[0]
+
+        yield self._request("survivors", dict.fromkeys(survivors.indices, (survivors.written,)), sign)
+        self._check_enough(len(signed), "signed the list of survivors")
+        self._state.signatures = signed
+        self._save()
+
     def result(self) -> SumResult:
         """The sum, after all exchanges."""
         return self._result
 
-    def _check_enough(self, everybody: Participants, count: int, what: str) -> None:
+    def _check_enough(self, count: int, what: str) -> None:
+        everybody = self._everybody
         if count < everybody.fewest:
             raise AggregationError(
                 f"{count} of {len(everybody.keys)} devices {what}, {everybody.fewest} must; nothing was revealed"
             )
 
-    def _read(self, written: bytes, exchange: str) -> tuple[bytes, ...]:
-        parts = 2 if exchange in ("masked", "reveal") else 1
-        return read_message(written, exchange, parts, length=self._length, round=self._context.round)
-
     def _request(
         self,
         exchange: Exchange,
         asked: Mapping[int, tuple[bytes, ...]],
-        members: Mapping[int, int],
         receive: Callable[[int, tuple[bytes, ...]], None],
     ) -> Request:
+        """What to ask of those participants that are there; requests and answers are by index."""
+        members = self._members
         indices = {member: index for index, member in members.items()}
+        parts = 2 if exchange in ("masked", "reveal") else 1
+        of_this = {"length": self._length, "round": self._context.round}
 
         def take(member: int, written: bytes) -> None:
-            receive(indices[member], self._read(written, exchange))
+            receive(indices[member], read_message(written, exchange, parts, **of_this))
 
         written = {  # one object for all that are asked the same
-            parts: message(exchange, *parts, length=self._length, round=self._context.round).to_bytes()
-            for parts in set(asked.values())
+            content: message(exchange, *content, **of_this).to_bytes() for content in set(asked.values())
         }
-        contents = {member: written[asked[member]] for member in sorted(asked)}
-        return Request(exchange=exchange, contents=contents, receive=take)
-
-    def _checked_shares(self, everybody: Participants, index: int, written: bytes) -> bytes:
-        found = entries(GIVEN, written, len(everybody.keys), most=everybody.graph.partners)
-        if len(found) != everybody.graph.partners or index in found:
-            raise AggregationError(f"expected shares for {everybody.graph.partners} others, got {len(found)}")
-        return written
+        contents = {members[index]: written[asked[index]] for index in asked if index in members}
+        return Request(exchange=exchange, contents=dict(sorted(contents.items())), receive=take)
 
     def _save(self) -> None:
         if self._file is not None:
             self._file.parent.mkdir(exist_ok=True, mode=0o700)
             replace_bytes(self._file, self._state.to_bytes(self._length, self._context.round))
+
+
+def _signatures(signed: Mapping[int, bytes], of: Collection[int] | None = None) -> bytes:
+    """Signatures by index as they are sent, of these participants or of all."""
+    return b"".join(
+        SIGNATURE.pack(index, signature)
+        for index, signature in sorted(signed.items())
+        if of is None or index in of
+    )
 
 
 @dataclass(kw_only=True)
@@ -252,34 +257,45 @@ class _Stored:
 
     participants: bytes = b""
     shares: dict[int, bytes] = field(default_factory=dict)  # as each sender gave them, by its index
-    arrived: bytes = b""  # the survivors' signatures of the list of those who gave shares
+    arrived: dict[int, bytes] = field(
+        default_factory=dict
+    )  # the survivors' signatures of those who gave shares
     total: Ring | None = None  # of the survivors' masked vectors
-    signatures: bytes = b""  # of the list of survivors
+    signatures: dict[int, bytes] = field(default_factory=dict)  # of the list of survivors
 
     def to_bytes(self, length: int, round: int) -> bytes:
         """As a payload: participants, signatures, total, then the shares of each sender behind its index."""
         total = b"" if self.total is None else self.total.astype("<u4").tobytes()
         shares = (index.to_bytes(4, "big") + written for index, written in sorted(self.shares.items()))
-        parts = (self.participants, self.arrived, self.signatures, total, *shares)
+        parts = (self.participants, _signatures(self.arrived), _signatures(self.signatures), total, *shares)
         return message("begun", *parts, length=length, round=round).to_bytes()
 
     @staticmethod
     def from_bytes(written: bytes, length: int, round: int) -> _Stored:
-        """Inverse of `to_bytes`. Raises AggregationError for another sum."""
+        """Inverse of `to_bytes`. Raises AggregationError for another length or round."""
         parts = read_message(written, "begun", None, length=length, round=round)
         participants, arrived, signatures, total, *shares = parts
         return _Stored(
             participants=participants,
-            arrived=arrived,
-            signatures=signatures,
+            arrived=dict(SIGNATURE.iter_unpack(arrived)),
+            signatures=dict(SIGNATURE.iter_unpack(signatures)),
             total=np.frombuffer(total, dtype="<u4").astype(np.uint32) if total else None,
             shares={int.from_bytes(each[:4], "big"): each[4:] for each in shares},
         )
 
 
+class _Given(NamedTuple):
+    """What one participant gave to another."""
+
+    number: int  # of the shares
+    sealed: bytes  # both shares, encrypted
+    masking: bytes  # digest of the share of its masking key
+    own: bytes  # digest of the share of its own mask
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Partners:
-    """Who chose whom, from the shares that they gave."""
+class _GivenShares:
+    """Who chose whom as partners, from the shares that they gave."""
 
     participants: Participants
     shares: Mapping[int, bytes]  # by sender
@@ -290,44 +306,33 @@ class _Partners:
         return Members(indices=frozenset(self.shares))
 
     @cached_property
-    def _sealed(self) -> dict[int, dict[int, bytes]]:
+    def to(self) -> dict[int, dict[int, _Given]]:
         """By receiver and sender."""
-        sorted_out: dict[int, dict[int, bytes]] = {}
+        given: dict[int, dict[int, _Given]] = {}
         for sender, written in sorted(self.shares.items()):
-            for receiver, sealed, *_ in GIVEN.iter_unpack(written):
-                sorted_out.setdefault(receiver, {})[sender] = sealed
-        return sorted_out
+            for number, (receiver, *rest) in enumerate(GIVEN.iter_unpack(written), start=1):
+                given.setdefault(receiver, {})[sender] = _Given(number, *rest)
+        return given
 
     def for_receiver(self, index: int) -> bytes:
         """The encrypted shares for one participant."""
-        return b"".join(SEALED.pack(sender, sealed) for sender, sealed in self._sealed.get(index, {}).items())
+        return b"".join(SEALED.pack(sender, given.sealed) for sender, given in self.senders_to(index).items())
 
-    def given_to(self, sender: int, receiver: int) -> tuple[int, bytes, bytes]:
-        """Of the shares that a sender gave to a receiver: their number, and the digests of both kinds.
-
-        Of its masking key, and of its own mask. Raises AggregationError if it gave none.
-        """
-        given = GIVEN.iter_unpack(self.shares.get(sender, b""))
-        for number, (index, _, masking, own) in enumerate(given, start=1):
-            if index == receiver:
-                return number, masking, own
-        raise AggregationError("reveals a share that it was not given")
-
-    def senders_to(self, index: int) -> list[int]:
+    def senders_to(self, index: int) -> Mapping[int, _Given]:
         """Those who gave a participant shares."""
-        return list(self._sealed.get(index, {}))
+        return self.to.get(index, {})
 
-    def of(self, index: int) -> frozenset[int]:
+    def partners_of(self, index: int) -> frozenset[int]:
         """The participants with whom one that gave shares has a mask."""
         chosen = {receiver for receiver, *_ in GIVEN.iter_unpack(self.shares[index])}
-        return self.included.indices & (chosen | set(self._sealed.get(index, {})))
+        return self.included.indices & (chosen | set(self.senders_to(index)))
 
 
 class _Unmasking:
     """Collects shares, and removes from the sum of masked vectors the masks that do not cancel."""
 
-    def __init__(self, partners: _Partners, survivors: Members) -> None:
-        self._partners, self._survivors = partners, survivors
+    def __init__(self, given: _GivenShares, survivors: Members) -> None:
+        self._given, self._survivors = given, survivors
         self._own: dict[int, bytes] = {}  # secrets of own masks that survivors have given themselves
         self._shares: dict[int, dict[int, bytes]] = {}  # of whom -> number -> share
 
@@ -337,19 +342,19 @@ class _Unmasking:
         Raises AggregationError if something was left out, after the rest was taken.
         """
         own, written = parts
-        everybody = self._partners.participants
+        everybody = self._given.participants
         false: list[int] = []
         if digest(b"own mask", own) == everybody.keys[index].own_mask:
             self._own[index] = own
         else:
             false.append(index)
-        for sender, (_, share) in entries(
-            SHARE, written, len(everybody.keys), most=len(everybody.keys)
-        ).items():
-            number, masking, of_own = self._partners.given_to(sender, index)
-            expected = of_own if sender in self._survivors.indices else masking
-            if digest(b"share", share) == expected:
-                self._shares.setdefault(sender, {})[number] = share
+        given = self._given.senders_to(index)
+        revealed = entries(SHARE, written, len(everybody.keys), most=len(everybody.keys))
+        for sender, (_, share) in revealed.items():
+            known = given.get(sender)
+            announced = known and (known.own if sender in self._survivors.indices else known.masking)
+            if known and digest(b"share", share) == announced:
+                self._shares.setdefault(sender, {})[known.number] = share
             else:
                 false.append(sender)
         if false:
@@ -364,7 +369,7 @@ class _Unmasking:
 
         Raises AggregationError with the participant whose secret cannot be recovered.
         """
-        everybody, included = self._partners.participants, self._partners.included
+        everybody, included = self._given.participants, self._given.included
         for index in sorted(self._survivors.indices):
             own = self._own[index] if index in self._own else self._joined(index)
             if digest(b"own mask", own) != everybody.keys[index].own_mask:
@@ -374,18 +379,18 @@ class _Unmasking:
             masking = X25519PrivateKey.from_private_bytes(self._joined(index))
             if public_bytes(masking) != everybody.keys[index].masking:
                 raise AggregationError(self._blame(index, "its shares are not those of its masking key"))
-            for other in sorted(self._partners.of(index) & self._survivors.indices):
+            for other in sorted(self._given.partners_of(index) & self._survivors.indices):
                 secret = shared_secret(masking, everybody.keys[other].masking)
                 key = everybody.mask_key(secret, included, index, other)
                 add_mask(total, key, subtract=other < index)
 
     def _joined(self, index: int) -> bytes:
-        everybody = self._partners.participants
+        everybody = self._given.participants
         try:
             return join(self._shares.get(index, {}), everybody.graph.threshold)
         except AggregationError as error:
             raise AggregationError(self._blame(index, str(error))) from error
 
     def _blame(self, index: int, problem: str) -> str:
-        device = self._partners.participants.keys[index].device.hex()[:16]
+        device = self._given.participants.keys[index].device.hex()[:16]
         return f"the masks of the device with the signing key {device}... cannot be removed: {problem}"

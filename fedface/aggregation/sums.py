@@ -31,19 +31,19 @@ class DeviceSum(Protocol):
         Raises AggregationError before anything leaves if the update is not finite or not a vector.
         """
 
-    def opening(self, stored: Payload) -> Payload:
+    def opening(self, stored: bytes) -> bytes:
         """What is sent as the result of training or evaluation; it follows from what is stored."""
 
-    def closed(self, stored: Payload) -> Payload:
+    def closed(self, stored: bytes) -> bytes:
         """What the device stores instead once it has answered the last exchange."""
 
-    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload) -> bytes:
+    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: bytes) -> bytes:
         """The answer to one exchange.
 
         Args:
             exchange: Which one.
             requests: What was asked in it and in those before it.
-            stored: What `protect` returned.
+            stored: What `protect` returned, as bytes.
 
         Raises AggregationError if nothing may be sent.
         """
@@ -55,9 +55,8 @@ class Request:
 
     exchange: Exchange
     contents: Mapping[int, bytes]  # by member
-    receive: Callable[
-        [int, bytes], None
-    ]  # of a member, as it arrives; raises AggregationError to leave it out
+    # The answer of a member, as it arrives; raises AggregationError to leave it out.
+    receive: Callable[[int, bytes], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,23 +97,21 @@ class CombinedDevice:
         """The payload of one update."""
         return self._aggregation.protect(update, round)
 
-    def opening(self, stored: Payload) -> Payload:
+    def opening(self, stored: bytes) -> bytes:
         """The same: it is sent as it is stored."""
         return stored
 
-    def closed(self, stored: Payload) -> Payload:
+    def closed(self, stored: bytes) -> bytes:
         """The same."""
         return stored
 
-    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: Payload) -> bytes:
+    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: bytes) -> bytes:
         """The decrypted sum, little-endian float32. Raises AggregationError as `Aggregation.reveal`."""
         if exchange != "decrypt":
             raise AggregationError(f"sums of this run have no exchange {exchange!r}")
-        total = Payload.from_bytes(requests[exchange])
-        if total.round != stored.round:
-            raise AggregationError(
-                f"expected the sum of round {stored.round}, got that of round {total.round}"
-            )
+        total, own = Payload.from_bytes(requests[exchange]), Payload.from_bytes(stored)
+        if total.round != own.round:
+            raise AggregationError(f"expected the sum of round {own.round}, got that of round {total.round}")
         return self._aggregation.reveal(total).numpy().astype("<f4").tobytes()
 
 
@@ -135,6 +132,10 @@ class _KeySum:
 
     total: Payload
     members: set[int] = field(default_factory=set)
+
+    def result(self, revealed: Vector) -> SumResult:
+        """The sum, revealed."""
+        return SumResult(total=revealed, members=frozenset(self.members), count=self.total.count)
 
 
 class CombinedServer:
@@ -158,6 +159,7 @@ class CombinedServer:
         self._stored = stored
         self._aggregation, self._round, self._length, self._largest = aggregation, round, length, largest
         self._sums: dict[str, _KeySum] = {}  # by the public name of the key
+        self._result: SumResult | None = None
         self._seen: dict[tuple[str, bytes], int] = {}  # member by what it sent
 
     def accept(self, member: int, payload: Payload, device: str) -> None:
@@ -206,16 +208,21 @@ class CombinedServer:
 
         Raises AggregationError if none does.
         """
-        known = self._asked = self._continued()
-        self._revealed: Vector | None = None
+        known = self._continued()
+
+        def decrypted(member: int, content: bytes) -> None:
+            vector = np.frombuffer(content, dtype="<f4") if len(content) == 4 * self._length else None
+            if vector is None or not np.isfinite(vector).all():
+                raise AggregationError("decrypted something else")
+            self._result = known.result(torch.from_numpy(vector.astype(np.float32)))
+
         if self._largest is not None:
-            self._revealed = self._aggregation.reveal(known.total)
+            self._result = known.result(self._aggregation.reveal(known.total))
             return
+        total = known.total.to_bytes()
         for member in sorted(known.members):
-            yield Request(
-                exchange="decrypt", contents={member: known.total.to_bytes()}, receive=self._decrypted
-            )
-            if self._revealed is not None:
+            yield Request(exchange="decrypt", contents={member: total}, receive=decrypted)
+            if self._result is not None:
                 return
         raise AggregationError("no device decrypted the sum")
 
@@ -236,14 +243,7 @@ class CombinedServer:
         replace_bytes(self._stored, _to_store(known.total, own))
         return known
 
-    def _decrypted(self, member: int, content: bytes) -> None:
-        vector = np.frombuffer(content, dtype="<f4") if len(content) == 4 * self._length else None
-        if vector is None or not np.isfinite(vector).all():
-            raise AggregationError("decrypted something else")
-        self._revealed = torch.from_numpy(vector.astype(np.float32))
-
     def result(self) -> SumResult:
         """The sum under the key that most devices use."""
-        known = self._asked
-        assert self._revealed is not None
-        return SumResult(total=self._revealed, members=frozenset(known.members), count=known.total.count)
+        assert self._result is not None
+        return self._result

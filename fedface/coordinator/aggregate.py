@@ -43,9 +43,8 @@ class SumListener:
     """What a run does while a sum is made."""
 
     progress: Callable[[int], None]  # with the number of replies so far
-    withdrawn: Callable[
-        [Mapping[int, str]], None
-    ]  # with a member whose owner has withdrawn, as soon as that arrives
+    # With a member whose owner has withdrawn, and its name, as soon as that arrives.
+    withdrawn: Callable[[Mapping[int, str]], None]
     folder: Path | None = None  # where sums that are under way are stored
 
     def file(self, sum_of: SumOf, round: int) -> Path | None:
@@ -141,10 +140,10 @@ def collect_and_sum(
             "Nothing was applied; fix the cause and resume the run."
         )
     combined = time.perf_counter()
-    revealing = _Revealing()
+    revealing = _Revealing(experiment=experiment, cohort=cohort, task=task, sum_of=context.sum_of)
     lost: FederationError | None = None
     try:
-        revealed = _reveal(experiment, cohort, server, task, revealing)
+        revealed = revealing.reveal(server)
     except FederationError as error:
         if not begun:
             raise FederationError(f"{error}; resume to try again, once more") from error
@@ -254,53 +253,54 @@ class _Arrivals:
 class _Revealing:
     """The exchanges that reveal a sum."""
 
+    experiment: Experiment
+    cohort: Cohort
+    task: TrainTask | EvaluateTask
+    sum_of: SumOf
     reasons: dict[int, str] = field(default_factory=dict)  # why members did not take part in one
     bytes_up: int = 0  # of masked vectors
     bytes: int = 0  # of all else, both ways
 
+    def reveal(self, server: ServerSum) -> SumResult:
+        """The sum, after all exchanges. Raises FederationError if it cannot be revealed."""
+        try:
+            for request in server.exchanges():
+                self._ask(request)
+            return server.result()
+        except AggregationError as error:
+            given = "; ".join(f"device {member}: {reason}" for member, reason in sorted(self.reasons.items()))
+            raise FederationError(
+                f"round {self.task.round}: {error} ({given or 'no reasons given'})"
+            ) from error
 
-def _reveal(
-    experiment: Experiment, cohort: Cohort, server: ServerSum, task: TrainTask | EvaluateTask, noted: _Revealing
-) -> SumResult:  # fmt: skip
-    """The sum, after all exchanges. Raises FederationError if it cannot be revealed."""
-    try:
-        for request in server.exchanges():
-            _exchange(experiment, cohort, request, task, noted)
-        result = server.result()
-    except AggregationError as error:
-        given = "; ".join(f"device {member}: {reason}" for member, reason in sorted(noted.reasons.items()))
-        raise FederationError(f"round {task.round}: {error} ({given or 'no reasons given'})") from error
-    return result
-
-
-def _exchange(
-    experiment: Experiment, cohort: Cohort, request: Request, task: TrainTask | EvaluateTask, noted: _Revealing
-) -> None:  # fmt: skip
-    """Ask one exchange."""
-    tasks: dict[bytes, ExchangeTask] = {}  # one object for all that are asked the same
-    for content in request.contents.values():
-        tasks[content] = ExchangeTask(
-            run=task.run,
-            round=task.round,
-            aggregation=experiment.aggregation,
-            agreement=experiment.agreement,
-            exchange=request.exchange,
-            content=content,
-            sum_of="updates" if isinstance(task, TrainTask) else "metrics",
-        )
-    noted.bytes += sum(map(len, request.contents.values()))
-    for member, reply in cohort.ask({member: tasks[content] for member, content in request.contents.items()}):
-        match reply:
-            case ExchangeResult(content=content):
-                if request.exchange == "masked":
-                    noted.bytes_up += len(content)
-                else:
-                    noted.bytes += len(content)
-                try:
-                    request.receive(member, content)
-                except AggregationError as error:
-                    noted.reasons[member] = str(error)
-            case Refusal(reason=reason) | Failure(reason=reason):
-                noted.reasons[member] = reason
-            case _:
-                noted.reasons[member] = "replied to another task"
+    def _ask(self, request: Request) -> None:
+        """Ask one exchange of its members."""
+        tasks = {  # one object for all that are asked the same
+            content: ExchangeTask(
+                run=self.task.run,
+                round=self.task.round,
+                aggregation=self.experiment.aggregation,
+                agreement=self.experiment.agreement,
+                exchange=request.exchange,
+                content=content,
+                sum_of=self.sum_of,
+            )
+            for content in set(request.contents.values())
+        }
+        self.bytes += sum(map(len, request.contents.values()))
+        asked = {member: tasks[content] for member, content in request.contents.items()}
+        for member, reply in self.cohort.ask(asked):
+            match reply:
+                case ExchangeResult(content=content):
+                    if request.exchange == "masked":
+                        self.bytes_up += len(content)
+                    else:
+                        self.bytes += len(content)
+                    try:
+                        request.receive(member, content)
+                    except AggregationError as error:
+                        self.reasons[member] = str(error)
+                case Refusal(reason=reason) | Failure(reason=reason):
+                    self.reasons[member] = reason
+                case _:
+                    self.reasons[member] = "replied to another task"

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import nn
 
 from fedface.aggregation.payload import (
@@ -21,10 +20,8 @@ from fedface.aggregation.payload import (
     HomomorphicConfig,
     MaskedConfig,
     PlainConfig,
-    SumContext,
 )
-from fedface.aggregation.protocols import DeviceKeys, device_sum, make_keys, server_sum
-from fedface.aggregation.rehearsal import rehearse
+from fedface.aggregation.rehearsal import rehearse_protocol
 from fedface.audits.bias import DARKER_FROM, measure_bias
 from fedface.audits.feature_distances import face_distance
 from fedface.audits.gradient_inversion import (
@@ -242,17 +239,7 @@ def aggregation_costs(
 def _cost(
     config: AggregationConfig, sees: str, update: Vector, agreement: AggregationParameters, devices: int
 ) -> AggregationRecord:
-    context = SumContext(run="costs", round=1, sum_of="updates", model="", terms="", cohort=devices)
-    shared = make_keys(config, agreement)
-    members = {
-        member: device_sum(
-            config, agreement, DeviceKeys(signing=Ed25519PrivateKey.generate(), shared=shared), context
-        )
-        for member in range(devices)
-    }
-    done = rehearse(
-        server_sum(config, agreement, context, len(update)), members, lambda member: update, context.round
-    )
+    done = rehearse_protocol(config, agreement, update, devices)
     return AggregationRecord(
         protocol=config.kind,
         sees=sees,

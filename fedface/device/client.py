@@ -26,7 +26,6 @@ from fedface.aggregation.payload import (
     Exchange,
     HomomorphicConfig,
     MaskedConfig,
-    Payload,
     PlainConfig,
     SumContext,
     fewest_summed,
@@ -98,7 +97,6 @@ def handle_task(task: Task, device: Device) -> Reply:
     Raises:
         WeightsError: The weights do not fit the networks of the task, or are not those that it names.
         AggregationError: The shared key is missing, or a sum is not of this run's kind.
-        FederationError: The sum to decrypt is of another round.
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
@@ -354,8 +352,7 @@ class _ReleaseTransaction:
 
     def _opening(self, stored: bytes, entry: LedgerEntry) -> tuple[bytes, LedgerEntry | None]:
         """What is sent first, and the entry that covers it: none where the vector itself follows later, masked."""
-        payload = self._sums.opening(Payload.from_bytes(stored)).to_bytes()
-        return payload, None if isinstance(self.aggregation, MaskedConfig) else entry
+        return self._sums.opening(stored), None if isinstance(self.aggregation, MaskedConfig) else entry
 
     def release(self, computation: ComputationFactory, size: int) -> tuple[bytes, float, LedgerEntry | None]:
         """Record, compute and store; returns what is sent, the seconds of `protect`, and the entry that covers it.
@@ -502,16 +499,15 @@ def _exchange(task: ExchangeTask, device: Device, ledger: Ledger) -> tuple[Reply
     """
     device.policy.check_exchange(task.aggregation.kind)
     key = task.ledger_key
-    entry, reply = ledger.entry_of_reply(key, task.round), ledger.load_reply(key, task.round)
-    if entry is None or reply in (None, FAILED):
+    release = ledger.load_release(key, task.round)
+    if release is None or release[1] == FAILED:
         reason = f"this device has no part in the sum of round {task.round} of {task.run}, or none any more"
         return Refusal(device=device.name, reason=reason), None
+    entry, stored = release
     if entry.metadata.get("sums") != _recipe(encode(task.aggregation), encode(task.agreement)):
         raise PolicyRefusal(
             f"the sum of round {task.round} of {task.run} is asked for with other settings than agreed"
         )
-    covering = entry if task.exchange == "masked" else None
-    sums, stored = _device_sum(task.aggregation, task.agreement, device), Payload.from_bytes(reply)
     known = ledger.exchanges(key, task.round)
     if task.exchange in known:
         request, answer = known[task.exchange]
@@ -521,11 +517,12 @@ def _exchange(task: ExchangeTask, device: Device, ledger: Ledger) -> tuple[Reply
                 "once"
             )
     else:
+        sums = _device_sum(task.aggregation, task.agreement, device)
         requests = {name: known[name][0] for name in get_args(Exchange) if name in known}
         answer = sums.answer(task.exchange, {**requests, task.exchange: task.content}, stored)
-        ledger.store_exchange(key, task.round, task.exchange, task.content, answer)
-    if task.exchange == "reveal" and (closed := sums.closed(stored).to_bytes()) != reply:
-        ledger.replace_reply(key, task.round, closed)
+        closed = sums.closed(stored) if task.exchange == "reveal" else None
+        ledger.store_exchange(key, task.round, task.exchange, task.content, answer, closed=closed)
+    covering = entry if task.exchange == "masked" else None
     return ExchangeResult(device=device.name, content=answer), covering
 
 

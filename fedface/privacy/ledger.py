@@ -484,9 +484,13 @@ class Ledger:
 
     def load_reply(self, run: str, round: int) -> bytes | None:
         """The stored reply to this round; None if there is none or its bytes were deleted since."""
-        with self._chain.read_transaction() as page:
-            reply = self._cached_reply(page, run, round)
+        reply = self.load_release(run, round)
         return None if reply is None else reply[1]
+
+    def load_release(self, run: str, round: int) -> tuple[LedgerEntry, bytes] | None:
+        """The same with the release that it is the reply of."""
+        with self._chain.read_transaction() as page:
+            return self._cached_reply(page, run, round)
 
     def delete_replies(self, *runs: str) -> int:
         """Delete the stored bytes of some runs, or of all, and overwrite them on disk; entries stay.
@@ -501,12 +505,6 @@ class Ledger:
             page.sql.execute(f"DELETE FROM exchanges{where}", runs)
             return page.sql.execute(f"DELETE FROM replies{where}", runs).rowcount
 
-    def entry_of_reply(self, run: str, round: int) -> LedgerEntry | None:
-        """The release whose reply to this round is stored; None if there is none."""
-        with self._chain.read_transaction() as page:
-            reply = self._cached_reply(page, run, round)
-        return None if reply is None else reply[0]
-
     def exchanges(self, run: str, round: int) -> dict[str, tuple[bytes, bytes]]:
         """What was asked in each exchange of the sum of this round, and what was answered."""
         with self._chain.read_transaction() as page:
@@ -515,32 +513,38 @@ class Ledger:
             ).fetchall()
         return {exchange: (bytes(request), bytes(answer)) for exchange, request, answer in rows}
 
-    def store_exchange(self, run: str, round: int, exchange: str, request: bytes, answer: bytes) -> None:
+    def store_exchange(
+        self,
+        run: str,
+        round: int,
+        exchange: str,
+        request: bytes,
+        answer: bytes,
+        *,
+        closed: bytes | None = None,
+    ) -> None:
         """Store an exchange of a sum; on disk when this returns, then answer it.
 
-        Raises:
-            LedgerError: It was asked and answered before.
-        """
-        with self._chain.write_transaction() as page:
-            known = "SELECT 1 FROM exchanges WHERE run = ? AND round = ? AND exchange = ?"
-            if page.sql.execute(known, (run, round, exchange)).fetchone():
-                raise LedgerError(f"the exchange {exchange} of round {round} of {run} was answered before")
-            row = (run, round, exchange, request, answer)
-            page.sql.execute("INSERT INTO exchanges VALUES (?, ?, ?, ?, ?)", row)
-
-    def replace_reply(self, run: str, round: int, body: bytes) -> None:
-        """Replace the bytes of a stored reply, at no cost: what it no longer needs to contain is overwritten on disk.
+        Args:
+            closed: Replaces the stored reply, which is overwritten on disk; None: it stays.
 
         Raises:
-            LedgerError: There is no stored reply.
+            LedgerError: It was asked and answered before, or there is no stored reply.
         """
         with self._chain.write_transaction() as page:
             stored = self._cached_reply(page, run, round)
-            if stored is None:
-                raise LedgerError(f"round {round} of {run} has no stored reply")
-            reply = page.append(StoredReply.KIND, {"payload_digest": _sha256(body)}, entry=stored[0].number)
-            page.sql.execute("DELETE FROM replies WHERE run = ?", (run,))
-            page.sql.execute("INSERT INTO replies VALUES (?, ?, ?)", (reply.number, run, body))
+            known = "SELECT 1 FROM exchanges WHERE run = ? AND round = ? AND exchange = ?"
+            if stored is None or page.sql.execute(known, (run, round, exchange)).fetchone():
+                raise LedgerError(
+                    f"the exchange {exchange} of round {round} of {run} was answered before, or has no reply"
+                )
+            row = (run, round, exchange, request, answer)
+            page.sql.execute("INSERT INTO exchanges VALUES (?, ?, ?, ?, ?)", row)
+            if closed is not None and closed != stored[1]:
+                content = {"payload_digest": _sha256(closed)}
+                reply = page.append(StoredReply.KIND, content, entry=stored[0].number)
+                page.sql.execute("DELETE FROM replies WHERE run = ?", (run,))
+                page.sql.execute("INSERT INTO replies VALUES (?, ?, ?)", (reply.number, run, closed))
 
     def store_work_seconds(self, run: str, seconds: float) -> None:
         """Store how long a round of a run takes at most, as measured without photos; not part of the record."""
