@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, assert_never
 
 from fedface.aggregation.mask_graph import mask_graph
+from fedface.aggregation.masked import Grid
 from fedface.aggregation.payload import (
     AggregationConfig,
     AggregationParameters,
@@ -22,7 +23,7 @@ from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.audits.gradient_inversion import FULL_ITERATIONS
 from fedface.codec import encode
 from fedface.config import local_path, read, section, value_of
-from fedface.errors import ConfigError
+from fedface.errors import AggregationError, ConfigError
 from fedface.models.checkpoint import (
     ENCODER_PATH,
     FLOW_PATH,
@@ -259,6 +260,11 @@ class Experiment:
                     f"min_responses must be at least aggregation.min_devices={fewest}, got {self.min_responses}: "
                     "devices would pay for a sum that is not revealed"
                 )
+        if isinstance(self.aggregation, MaskedConfig):
+            try:
+                Grid(config=self.aggregation, agreement=self.agreement)
+            except AggregationError as error:
+                raise ValueError(f"aggregation: {error}") from error
         if isinstance(self.training, UpsamplerTrainingConfig):
             if self.training.downscale != self.upsampling.downscale:
                 raise ValueError(

@@ -135,6 +135,13 @@ def test_an_explicit_policy_wins() -> None:
     assert written.device_policy() == DevicePolicy(max_epsilon=1.0, delta=1e-6)
 
 
+def test_masked_sums_that_do_not_fit_the_ring_are_refused_before_anything_begins() -> None:
+    """24 bits for 1,200 devices take 35 bits, of which there are 32."""
+    changes = {"aggregation": "{kind: masked, bits: 24}", "devices.devices_per_fraction": "400"}
+    with pytest.raises(ConfigError, match="sums of 1200 updates of 24 bits take 35 bits, more than 32"):
+        experiment(**changes)
+
+
 def test_sums_have_headroom_for_every_device() -> None:
     """And for at least two, so that a sum of one is detected."""
     assert experiment().agreement.max_devices == 3
