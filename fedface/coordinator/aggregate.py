@@ -42,7 +42,8 @@ from fedface.tensor_types import Vector
 class SumListener:
     """What a run does while a sum is made."""
 
-    progress: Callable[[int], None]  # with the number of replies so far
+    progress: Callable[[int], None]  # with the number of replies so far, of each exchange
+    revealing: Callable[[int], None]  # with how many members are asked first, when the sum needs exchanges
     # With a member whose owner has withdrawn, and its name, as soon as that arrives.
     withdrawn: Callable[[Mapping[int, str]], None]
     folder: Path | None = None  # where sums that are under way are stored
@@ -140,7 +141,9 @@ def collect_and_sum(
             "Nothing was applied; fix the cause and resume the run."
         )
     combined = time.perf_counter()
-    revealing = _Revealing(experiment=experiment, cohort=cohort, task=task, sum_of=context.sum_of)
+    revealing = _Revealing(
+        experiment=experiment, cohort=cohort, task=task, sum_of=context.sum_of, listener=listener
+    )
     lost: FederationError | None = None
     try:
         revealed = revealing.reveal(server)
@@ -257,6 +260,7 @@ class _Revealing:
     cohort: Cohort
     task: TrainTask | EvaluateTask
     sum_of: SumOf
+    listener: SumListener
     reasons: dict[int, str] = field(default_factory=dict)  # why members did not take part in one
     bytes_up: int = 0  # of masked vectors
     bytes: int = 0  # of all else, both ways
@@ -264,7 +268,9 @@ class _Revealing:
     def reveal(self, server: ServerSum) -> SumResult:
         """The sum, after all exchanges. Raises FederationError if it cannot be revealed."""
         try:
-            for request in server.exchanges():
+            for number, request in enumerate(server.exchanges()):
+                if number == 0:
+                    self.listener.revealing(len(request.contents))
                 self._ask(request)
             return server.result()
         except AggregationError as error:
@@ -289,7 +295,8 @@ class _Revealing:
         }
         self.bytes += sum(map(len, request.contents.values()))
         asked = {member: tasks[content] for member, content in request.contents.items()}
-        for member, reply in self.cohort.ask(asked):
+        for done, (member, reply) in enumerate(self.cohort.ask(asked), start=1):
+            self.listener.progress(done)
             match reply:
                 case ExchangeResult(content=content):
                     if request.exchange == "masked":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fedface.audits.dp_metric_estimates import estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig
@@ -148,7 +149,10 @@ def evaluate_on_devices(
         )
         handler = WithdrawalHandler(state, plan, withdrawn)
         listener = SumListener(
-            progress=progress.advance, withdrawn=handler.drop, folder=sums_folder(state.folder)
+            progress=progress.advance,
+            revealing=partial(progress.stage, f"devices reveal the sum of their metrics, {name} the run"),
+            withdrawn=handler.drop,
+            folder=sums_folder(state.folder),
         )
         record = request_metrics(experiment, evaluation, cohort, members, listener)
         state = handler.state.with_device_metrics(record)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -158,7 +159,10 @@ def run_ranking(
         requested = participants(experiment, cohort, number, withdrawn)
         progress.stage(f"devices evaluate candidate {number} of {len(models)}", len(requested))
         listener = SumListener(
-            progress=progress.advance, withdrawn=withdrawn.update, folder=sums_folder(folder)
+            progress=progress.advance,
+            revealing=partial(progress.stage, f"devices reveal the sum of candidate {number}"),
+            withdrawn=withdrawn.update,
+            folder=sums_folder(folder),
         )
         metrics = request_metrics(experiment, evaluation, cohort, requested, listener)
         # A ranking stores no names of devices, so a withdrawal has none to remove.

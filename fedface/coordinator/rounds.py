@@ -86,7 +86,10 @@ def run_rounds(
         ranges = work.ranges()
         handler = WithdrawalHandler(state, plan, withdrawn)
         listener = SumListener(
-            progress=progress.advance, withdrawn=handler.drop, folder=sums_folder(state.folder)
+            progress=progress.advance,
+            revealing=partial(progress.stage, f"round {number} of {total}: devices reveal their sum"),
+            withdrawn=handler.drop,
+            folder=sums_folder(state.folder),
         )
         after = model
         try:

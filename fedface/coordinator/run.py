@@ -240,7 +240,7 @@ def _audit(
         work, probe, _candidates(experiment, base.size), plan, experiment.attack, experiment.seed
     )
     progress.advance(1)
-    progress.stage("cost of encryption", 1)
+    progress.stage("cost of secure aggregation", 1)
     # The update of one device of public faces: sizes and errors are those of a real update.
     streams = Streams(experiment.seed).child("cost")
     update = (

@@ -1,4 +1,4 @@
-"""Metrics that the server computes of a model: samples after each round, bias, leakage, cost of encryption.
+"""Metrics that the server computes of a model: samples after each round, bias, leakage, cost of secure aggregation.
 
 Everything here uses public images only: the probe, synthetic faces, and generated faces. An audit attacks updates
 computed from images of the probe, never from a device's photos.
