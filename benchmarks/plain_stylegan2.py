@@ -105,7 +105,7 @@ def searched(size: int, base: int) -> StyleGAN2:
     Random biases and noise strengths are about as large as trained ones.
     """
     if size == 32:
-        return load_gan().generator
+        return load_gan().network(StyleGAN2)
     config = StyleGAN2Config(
         size=size,
         latent_width=512,

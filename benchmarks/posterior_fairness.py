@@ -28,6 +28,8 @@ from fedface.audits.group_metrics import mean_interval, rates_by_group
 from fedface.models.checkpoint import load_flow, load_gan
 from fedface.models.fast_stylegan2 import prepare_for_search
 from fedface.models.generator_protocol import Generator, sample
+from fedface.models.rectified_flow import RectifiedFlow
+from fedface.models.stylegan2 import StyleGAN2
 from fedface.photos.skin_tone import measure_tone
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, LowImages
@@ -94,7 +96,7 @@ class Row:
 
 def rows(workers: int) -> dict[str, Row]:
     """By the name that the command line gives."""
-    base, flow = load_gan().generator, load_flow().generator
+    base, flow = load_gan().network(StyleGAN2), load_flow().network(RectifiedFlow)
     prepared = prepare_for_search(base)
 
     def pulse(seen: Measurement, streams: Streams) -> Upsampler:
@@ -180,7 +182,7 @@ def apart(made: Images, originals: Images) -> str:
 
 def mixing(seen: Measurement, streams: Streams, *, leaps: int, rank: int) -> str:
     """Acceptance and R-hat (Gelman & Rubin 1992) of 4 chains a photo, for equal numbers of gradients."""
-    prepared, photos, chains = prepare_for_search(load_gan().generator), 4, 4
+    prepared, photos, chains = prepare_for_search(load_gan().network(StyleGAN2)), 4, 4
     low = seen.photos(
         sample(prepared, photos, streams.generator("mixing")), streams.generator("mixing/noise")
     )

@@ -51,6 +51,7 @@ from fedface.randomness import SecretNoise, Streams
 from fedface.training.flow import loss_over_draws, times_and_noises
 from fedface.training.gan import d_loss_real
 from fedface.training.per_example_gradients import (
+    Draws,
     PerExampleLoss,
     PerExampleProblem,
     clipped_unit_sum,
@@ -143,15 +144,15 @@ def loop(case: Case) -> Step:
 def noised(totals: list[Tensor]) -> list[Tensor]:
     """Noise for all weights, generated at once."""
     flat = add_noise(torch.cat([total.flatten() for total in totals]), MECHANISM, SecretNoise())
-    parts = flat.split([total.numel() for total in totals])
+    parts = torch.split(flat, [total.numel() for total in totals])
     return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
 
 
 def ours(case: Case, microbatch: int) -> Step:
     def step() -> list[Tensor]:
         left = iter([] if case.draws is None else torch.split(case.draws, microbatch))
-        draw = None if case.draws is None else lambda _: next(left)
-        problem = PerExampleProblem(case.module, case.loss, draw, microbatch=microbatch)
+        draws = None if case.draws is None else Draws(lambda *_: next(left), STREAMS.numpy("unused"))
+        problem = PerExampleProblem(case.module, case.loss, draws, microbatch=microbatch)
         return clipped_unit_sum(problem, case.photos, clip_norm=MECHANISM.clip_norm)
 
     return step
@@ -163,7 +164,8 @@ def whole(case: Case, microbatch: int) -> Step:
 
     def loss_of_one(weights: dict[str, Tensor], *row: Tensor) -> Tensor:
         def network(*inputs: Tensor) -> Tensor:
-            return functional_call(case.module, weights, inputs)
+            result: Tensor = functional_call(case.module, weights, inputs)
+            return result
 
         return case.loss(network, *(part[None] for part in row)).squeeze(0)
 
@@ -216,7 +218,7 @@ class Opacus:
         else:
             torch.autograd.backward(losses.sum())
         self.optimiser.pre_step()
-        return [weight.grad.clone() for weight in self.weights]
+        return [weight.grad.clone() for weight in self.weights if weight.grad is not None]
 
     def with_noise(self) -> None:
         self.optimiser.noise_multiplier = MECHANISM.sigma

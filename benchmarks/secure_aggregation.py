@@ -73,7 +73,7 @@ def measure_ckks(vector: torch.Tensor, devices: int) -> Cost:
     )
     context.global_scale = 2**40
     secret, slots = context.secret_key(), 4096
-    parts = [part.tolist() for part in vector.split(slots)]
+    parts = [part.tolist() for part in torch.split(vector, slots)]
     clock, device, server = time.process_time, 0.0, 0.0
     total = None
     for _ in range(devices):

@@ -43,7 +43,8 @@ from pathlib import Path
 
 import psutil
 
-from fedface.aggregation.homomorphic import HomomorphicKeys, make_keys
+from fedface.aggregation.homomorphic import HomomorphicKeys
+from fedface.aggregation.protocols import make_keys
 from fedface.cli.device_join import Answers, device_join
 from fedface.coordinator.requests import round_config
 from fedface.device.client import handle_task
