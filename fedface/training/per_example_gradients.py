@@ -22,6 +22,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ LANES = 16
 PUBLIC_WEIGHTS = 2  # random networks with which a microbatch is checked
 MAX_REMEMBERED = 64  # results of such checks in a process
 _deterministic: dict[Hashable, bool] = {}
+_LOCK = Lock()
 
 Network = Callable[..., Tensor]
 # (network, photos (n, ...)) or (network, photos (n, ...), draws (n, ...)) -> one loss per photo, (n,)
@@ -214,16 +216,18 @@ def with_deterministic_microbatch(problem: PerExampleProblem, shape: Sequence[in
     draws = None if problem.draws is None else problem.draws.public(problem.microbatch)
     case = (problem.recipe, problem.microbatch, tuple(shape), torch.get_num_threads())
 
+    def found(problems: Iterable[PerExampleProblem], zero_shows: bool) -> bool:
+        return all(_is_deterministic(each, shape, draws, zero_shows=zero_shows) for each in problems)
+
     def remembered(key: Hashable, problems: Iterable[PerExampleProblem], zero_shows: bool) -> bool:
-        if problem.recipe is not None and key in _deterministic:
-            _deterministic[key] = _deterministic.pop(key)
-            return _deterministic[key]
-        same = all(_is_deterministic(each, shape, draws, zero_shows=zero_shows) for each in problems)
-        if problem.recipe is not None:
+        if problem.recipe is None:
+            return found(problems, zero_shows)
+        with _LOCK:  # concurrent devices wait for the one that computes
+            same = _deterministic.pop(key) if key in _deterministic else found(problems, zero_shows)
             if len(_deterministic) >= MAX_REMEMBERED:  # the oldest: a round's own must outlast it
                 del _deterministic[next(iter(_deterministic))]
             _deterministic[key] = same
-        return same
+            return same
 
     copies = (_with_public_weights(problem, seed) for seed in range(PUBLIC_WEIGHTS))
     own = (case, weights_digest(problem.network))

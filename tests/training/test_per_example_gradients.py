@@ -6,7 +6,9 @@ one photo in a few dozen.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,7 @@ from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.models.super_resolution import SuperResolutionNetworkConfig
 from fedface.privacy.clip_and_noise import clip_l2
 from fedface.randomness import Streams
+from fedface.training import per_example_gradients as module
 from fedface.training.flow import loss_over_draws, times_and_noises
 from fedface.training.gan import d_loss_real
 from fedface.training.per_example_gradients import (
@@ -526,6 +529,24 @@ def test_the_secret_draws_of_a_round_do_not_decide_its_microbatch(monkeypatch: p
         decided.add(with_deterministic_microbatch(problem, (3, 16, 16)).microbatch)
         assert secret.bit_generator.state == before
     assert len(decided) == 1
+
+
+def test_devices_that_work_at_a_time_check_a_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads of a simulation begin a round at once: one computes, the others wait for its result."""
+    checked: list[bool] = []
+
+    def slow(*given: object, zero_shows: bool) -> bool:
+        checked.append(zero_shows)
+        time.sleep(0.05)
+        return True
+
+    monkeypatch.setattr(module, "_deterministic", {})
+    monkeypatch.setattr(module, "_is_deterministic", slow)
+    problem = PerExampleProblem(nn.Linear(48, 1), output, microbatch=16, recipe="at a time")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: with_deterministic_microbatch(problem, (3, 4, 4)), range(4)))
+    assert {each.microbatch for each in found} == {16}
+    assert checked == [False] * module.PUBLIC_WEIGHTS + [True]
 
 
 class Amplifier(nn.Module):
