@@ -62,9 +62,8 @@ def measure_traffic(recipe: Experiment, plan: Plan) -> Traffic:
     metrics = None if recipe.evaluation is None else torch.zeros(recipe.evaluation.metrics.width)
     for dp, vector in ((plan.dp_parameters, zeros), (plan.evaluation, metrics)):
         if dp is not None and vector is not None:
-            DistributedNoise.of(
-                dp, len(vector), recipe.agreement.max_devices
-            )  # which must fit sums of 32 bits
+            # It must fit sums of 32 bits.
+            DistributedNoise.of(dp, len(vector), recipe.agreement.max_devices)
     up, down = _sum_traffic(recipe, zeros)
     return Traffic(
         weights=len(weights),

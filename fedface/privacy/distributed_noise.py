@@ -73,9 +73,8 @@ class DistributedNoise:
     unit: Unit  # whose vector is clipped: the library's is all that a device sends
     clip_norm: ClipNorm  # largest L2 norm of one unit's vector
     noise_multiplier: Sigma  # of the Gaussian mechanism whose price the sum has
-    honest: Annotated[
-        int, AtLeast(1)
-    ]  # devices whose shares are certainly in each sum, unknown to the server
+    # Devices whose shares are certainly in each sum, unknown to the server
+    honest: Annotated[int, AtLeast(1)]
     max_devices: Annotated[int, In(f"[1, {1 << 20}]")]  # the most devices in one sum
 
     def __post_init__(self) -> None:
@@ -93,12 +92,10 @@ class DistributedNoise:
     def scale(self) -> int:
         """The integer length to which `clip_norm` is scaled: large beside the rounding, small beside the ring."""
         desired = max(_MIN_SCALE, math.ceil(_SCALE_PER_ROOT * math.sqrt(self.length)))
-        deviations = 1.0 + 22.0 * self.noise_multiplier / math.sqrt(
-            self.honest
-        )  # in each device's part of the ring
-        return max(
-            min(desired, math.floor(2.0 ** (RING_BITS - 1) / (2.0 * self.max_devices * deviations))), 1
-        )
+        # In each device's part of the ring
+        deviations = 1.0 + 22.0 * self.noise_multiplier / math.sqrt(self.honest)
+        room = math.floor(2.0 ** (RING_BITS - 1) / (2.0 * self.max_devices * deviations))
+        return max(min(desired, room), 1)
 
     @property
     def largest(self) -> int:
@@ -151,9 +148,8 @@ def noised_integers(update: Vector, noise: DistributedNoise) -> np.ndarray:
     """A device's vector as integers with its share of the noise; never call it twice on one update.
 
     Args:
-        update: Shape (d,). That of a library is clipped here; otherwise it is a sum of clipped vectors,
-            in float64: nothing may round it before it has noise. One with a
-            non-finite entry counts as zero.
+        update: Shape (d,). That of a library is clipped here; otherwise it is a sum of clipped vectors, in float64:
+            nothing may round it before it has noise. One with a non-finite entry counts as zero.
         noise: What the devices of the sum agreed on.
 
     Returns:
