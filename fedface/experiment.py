@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, assert_never
 
 from fedface.aggregation.mask_graph import mask_graph
-from fedface.aggregation.masked import Grid
 from fedface.aggregation.payload import (
     AggregationConfig,
     AggregationParameters,
@@ -19,6 +18,7 @@ from fedface.aggregation.payload import (
     PlainConfig,
     fewest_summed,
 )
+from fedface.aggregation.protocols import sum_ring
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.audits.gradient_inversion import FULL_ITERATIONS
 from fedface.codec import encode
@@ -260,9 +260,8 @@ class Experiment:
                     f"min_responses must be at least aggregation.min_devices={fewest}, got {self.min_responses}: "
                     "devices would pay for a sum that is not revealed"
                 )
-        if isinstance(self.aggregation, MaskedConfig):
             try:
-                Grid(config=self.aggregation, agreement=self.agreement)
+                sum_ring(self.aggregation, self.agreement)
             except AggregationError as error:
                 raise ValueError(f"aggregation: {error}") from error
         if isinstance(self.training, UpsamplerTrainingConfig):

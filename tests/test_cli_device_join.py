@@ -148,7 +148,8 @@ def test_the_run_is_shown_with_its_cost_before_anything_is_asked(  # type: ignor
         "tiny: Does a small run end?",
         "2 rounds of 2 steps",
         "2 sets of metrics",
-        "numbers with noise that this device adds; encrypted, so that the server sees only sums of at least 2 devices",
+        "numbers with noise that this device adds; masked and encrypted, so that the server sees only sums of at least "
+        "2 devices",
         "at delta 1e-6 per photo, for the whole run",
         "(between ",
     ):

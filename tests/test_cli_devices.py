@@ -264,7 +264,7 @@ def test_without_a_terminal_nothing_changes_without_yes(fedface, used: Path) -> 
     before = files_in(used)
     for words, plan in (
         (["withdraw", "device.yaml", "--run", "faces"], "What cannot be undone:"),
-        (["erase", "device.yaml"], "sum.key: the shared key"),
+        (["erase", "device.yaml"], "sum.key: the key of homomorphic sums"),
     ):
         result = fedface("device", *words)
         assert result.code == 2 and "there is no terminal to confirm on, so nothing was done" in result.err
@@ -327,10 +327,10 @@ def test_erasing_lists_each_file_and_which_are_missing(fedface, used: Path) -> N
     """The index of photos that were never scanned, or by another user, is listed as missing."""
     result = fedface("device", "erase", "device.yaml", "--yes")
     index = device_state(used / "device.yaml").index
-    assert f"{used / 'state' / 'sum.key'}: the shared key" in result.out
+    assert f"{used / 'state' / 'sum.key'}: the key of homomorphic sums" in result.out
     assert f"\n{index}: the index of the photos in {used / 'photos'} - not found" in result.out
     assert f"- {index}" not in result.out and "The photo index" not in result.out
-    assert "The shared key is deleted" in result.out and "Stop the device first" in result.out
+    assert "The key of homomorphic sums is deleted" in result.out and "Stop the device first" in result.out
     assert "was the device run as another user?" in result.out
 
 

@@ -1,1 +1,1 @@
-"""Sums of updates, plain or homomorphically encrypted."""
+"""Sums of updates: masked, masked and homomorphically encrypted, or plain."""

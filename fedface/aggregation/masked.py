@@ -1,8 +1,9 @@
 """Masked sums: what device and server share of secure aggregation (Bonawitz et al. 2017, ePrint 2017/281).
 
 Each device adds to its integers a mask of its own and one mask for each of its partners, with opposite signs; the
-partners' masks cancel in the sum. Integers and masks are modulo 2^32, so one masked vector is uniformly random.
-The partners form a sparse graph (Bell et al. 2020, ePrint 2020/704; mask_graph.py).
+partners' masks cancel in the sum. Masks are uniform in the ring of the integers, so one masked vector is as well.
+The partners form a sparse graph (Bell et al. 2020, ePrint 2020/704; mask_graph.py). Integers are modulo 2^32, or, in
+homomorphic sums, modulo the plain modulus of an encryption in which they are also sent (homomorphic.py).
 
 The exchanges of one sum, each a request to every device that is still there:
 
@@ -10,6 +11,7 @@ The exchanges of one sum, each a request to every device that is still there:
     shares     the list of participants -> Shamir shares of the device's two secrets, encrypted to its partners
     masked     the list of those who gave shares, and the partners' -> the masked vector, and a signature of the list
     survivors  the list of those whose vector arrived -> a signature of it
+    decrypt    homomorphic sums: to one device with the secret key, the encrypted sum -> the sum, still masked
     reveal     the signatures -> of each survivor the share of its own mask, of each other one that of its masking key
 
 The masks depend on what the sum is of (`payload.SumContext`) and on both lists, so devices that were sent different
@@ -28,8 +30,10 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, Protocol
 
 import numpy as np
 from cryptography.exceptions import InvalidSignature
@@ -44,6 +48,7 @@ from fedface.aggregation.payload import (
     AggregationParameters,
     Exchange,
     MaskedConfig,
+    MaskSettings,
     Payload,
     PlainValue,
     SumContext,
@@ -58,7 +63,8 @@ from fedface.privacy.plan import DPParameters
 from fedface.tensor_types import Vector
 
 KIND = MaskedConfig().kind
-EXCHANGES: tuple[Exchange, ...] = ("shares", "masked", "survivors", "reveal")
+EXCHANGES: tuple[Exchange, ...] = ("shares", "masked", "survivors", "reveal")  # with every device
+SUM_KEY, DECRYPTS = "sum_key", "decrypts"  # in the header of the keys, where vectors are sent encrypted
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 MAX_PARTICIPANTS = 1 << 14
@@ -71,7 +77,55 @@ GIVEN = struct.Struct(f"{_SEALED}32s32s")  # the same, then what each share is c
 SHARE = struct.Struct(f">I2s{SHARE_BYTES}s")  # of whom, its number, the share
 SIGNATURE = struct.Struct(f">I{SIGNATURE_BYTES}s")
 
-Ring = np.ndarray  # uint32, shape (d,): integers modulo 2^32
+Residues = np.ndarray  # unsigned integers, shape (n,): elements of the ring of a sum
+
+
+class Adder(Protocol):
+    """Adds masked vectors as devices send them."""
+
+    def add(self, sent: bytes) -> None:
+        """Raises AggregationError, and leaves the sum as it was, for a vector that cannot be added."""
+
+    def to_bytes(self) -> bytes:
+        """The sum of all, as one vector is sent."""
+
+
+class Ring(Protocol):
+    """How vectors of one sum become integers, are masked, sent and added."""
+
+    def to_ring(self, update: Vector) -> Residues:
+        """An update (d,) on the grid. Raises AggregationError if it is not a non-empty finite float vector."""
+
+    def from_ring(self, total: Residues, length: int, count: int) -> Vector:
+        """The sum of `count` updates, float32, (length,). Raises AggregationError if it is not a possible one."""
+
+    def read(self, written: bytes, length: int) -> Residues:
+        """Inverse of `write`, for vectors (length,). Raises AggregationError."""
+
+    def write(self, residues: Residues) -> bytes:
+        """Little-endian."""
+
+    def add_mask(self, total: Residues, key: bytes, *, subtract: bool = False) -> None:
+        """Add to `total`, in place, a uniformly random mask that follows from a key that is used once."""
+
+    def send(self, masked: Residues, length: int) -> bytes:
+        """A masked vector as it leaves the device."""
+
+    def adder(self, length: int) -> Adder:
+        """For vectors (length,), at the server."""
+
+    encrypted: ClassVar[bool]  # whether vectors are sent encrypted, so that the sum must be decrypted
+
+    @property
+    def key(self) -> str:
+        """The public name of the key with which a device encrypts; empty without one."""
+
+    @property
+    def decrypts(self) -> bool:
+        """Whether this device has the secret key."""
+
+    def decrypt(self, total: bytes, length: int) -> Residues:
+        """The sum that an `Adder` gave, still masked. Raises AggregationError without the secret key."""
 
 
 def digest(*parts: bytes) -> bytes:
@@ -87,17 +141,6 @@ def settings(*values: object) -> bytes:
 def derive(secret: bytes, purpose: bytes, *bound_to: bytes) -> bytes:
     """A key of 32 bytes for one purpose (HKDF with SHA-256, RFC 5869), bound to public bytes."""
     return HKDF(SHA256(), KEY_BYTES, salt=None, info=digest(b"fedface", purpose, *bound_to)).derive(secret)
-
-
-def add_mask(total: Ring, key: bytes, *, subtract: bool = False) -> None:
-    """Add to `total`, in place, a mask (d,): the AES-256-CTR keystream under a key that is used once."""
-    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-    zeros, buffer = bytes(_AT_ONCE), bytearray(_AT_ONCE + 16)
-    words = np.frombuffer(buffer, dtype="<u4", count=_AT_ONCE // 4)
-    for start in range(0, len(total), _AT_ONCE // 4):
-        part = total[start : start + _AT_ONCE // 4]
-        stream.update_into(zeros, buffer)
-        (np.subtract if subtract else np.add)(part, words[: len(part)], out=part)
 
 
 def shared_secret(private: X25519PrivateKey, public: bytes) -> bytes:
@@ -184,7 +227,7 @@ class Participants:
     """The devices of one sum, by ascending long-term key; elsewhere each is its index here."""
 
     context: SumContext
-    config: MaskedConfig
+    config: MaskSettings
     keys: tuple[KeyMessage, ...]
 
     def __post_init__(self) -> None:
@@ -201,7 +244,7 @@ class Participants:
         return b"".join(each.to_bytes() for each in self.keys)
 
     @staticmethod
-    def from_bytes(written: bytes, context: SumContext, config: MaskedConfig) -> Participants:
+    def from_bytes(written: bytes, context: SumContext, config: MaskSettings) -> Participants:
         """Inverse of `to_bytes`; the signatures are not checked here. Raises AggregationError."""
         if len(written) > _KEYS.size * MAX_PARTICIPANTS:
             raise AggregationError("this list of participants is too long")
@@ -324,8 +367,8 @@ def entries(layout: struct.Struct, written: bytes, count: int, *, most: int) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """How vectors become integers modulo 2^32, with or without a share of distributed noise.
+class Words:
+    """Integers modulo 2^32, with or without a share of distributed noise.
 
     Raises:
         AggregationError: A full sum does not fit the ring.
@@ -335,6 +378,10 @@ class Grid:
     config: MaskedConfig
     agreement: AggregationParameters
     dp: DPParameters | None = None  # whose noise may be distributed
+
+    encrypted: ClassVar[bool] = False
+    key: ClassVar[str] = ""
+    decrypts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         bits = self._quantiser.sum_bits
@@ -346,16 +393,13 @@ class Grid:
 
     @cached_property
     def _quantiser(self) -> Quantiser:
-        agreed = self.agreement
-        return Quantiser(
-            value_range=agreed.value_range, bits=self.config.bits, max_devices=agreed.max_devices
-        )
+        return quantiser(self.config, self.agreement)
 
     def noise(self, length: int) -> DistributedNoise | None:
         """What devices add to vectors (length,), if noise is distributed. Raises PrivacyError if it does not fit."""
         return None if self.dp is None else DistributedNoise.of(self.dp, length, self.agreement.max_devices)
 
-    def to_ring(self, update: Vector) -> Ring:
+    def to_ring(self, update: Vector) -> Residues:
         """An update (d,) on the grid; where noise is distributed, with this device's share, hence once.
 
         Raises AggregationError if it is not a non-empty finite float vector.
@@ -364,12 +408,76 @@ class Grid:
         integers = self._quantiser.quantise(update) if noise is None else noised_integers(update, noise)
         return integers.astype(np.uint32)
 
-    def from_ring(self, total: Ring, count: int) -> Vector:
-        """The sum of `count` updates, float32, shape (d,). Raises AggregationError if it is not a possible one."""
-        noise = self.noise(len(total))
+    def from_ring(self, total: Residues, length: int, count: int) -> Vector:
+        """The sum of `count` updates, float32, (length,). Raises AggregationError if it is not a possible one."""
+        noise = self.noise(length)
         if noise is None:
             return self._quantiser.dequantise_sum(total.astype(np.int64), count)
         return from_sum(total.view(np.int32).astype(np.int64), noise)
+
+    def read(self, written: bytes, length: int) -> Residues:
+        """Inverse of `write`. Raises AggregationError for another length."""
+        if len(written) != 4 * length:
+            raise AggregationError(f"expected {length} masked numbers, got {len(written)} bytes")
+        return np.frombuffer(written, dtype="<u4").astype(np.uint32)
+
+    def write(self, residues: Residues) -> bytes:
+        """4 bytes each."""
+        return residues.astype("<u4").tobytes()
+
+    def add_mask(self, total: Residues, key: bytes, *, subtract: bool = False) -> None:
+        """Add, in place, the AES-256-CTR keystream under a key that is used once."""
+        at = 0
+        for words in keystream(key, "<u4"):
+            part = total[at : at + len(words)]
+            (np.subtract if subtract else np.add)(part, words[: len(part)], out=part)
+            at += len(part)
+            if at == len(total):
+                return
+
+    def send(self, masked: Residues, length: int) -> bytes:
+        """As it is written."""
+        return self.write(masked)
+
+    def adder(self, length: int) -> Adder:
+        """Adds modulo 2^32."""
+        return _WordAdder(self, length)
+
+    def decrypt(self, total: bytes, length: int) -> Residues:
+        """Raises AggregationError: nothing is encrypted."""
+        raise AggregationError("the vectors of this sum are not encrypted, so there is nothing to decrypt")
+
+
+class _WordAdder:
+    def __init__(self, ring: Words, length: int) -> None:
+        self._ring, self._length = ring, length
+        self._total = np.zeros(length, np.uint32)
+
+    def add(self, sent: bytes) -> None:
+        np.add(self._total, self._ring.read(sent, self._length), out=self._total)
+
+    def to_bytes(self) -> bytes:
+        return self._ring.write(self._total)
+
+
+def quantiser(config: MaskSettings, agreement: AggregationParameters) -> Quantiser:
+    """The grid of a sum's vectors."""
+    return Quantiser(value_range=agreement.value_range, bits=config.bits, max_devices=agreement.max_devices)
+
+
+def keystream(key: bytes, dtype: str) -> Iterator[np.ndarray]:
+    """The AES-256-CTR keystream under a key, without end, as integers; each array is overwritten by the next."""
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    zeros, buffer = bytes(_AT_ONCE), bytearray(_AT_ONCE + 16)
+    words = np.frombuffer(buffer, dtype=dtype, count=_AT_ONCE // np.dtype(dtype).itemsize)
+    while True:
+        stream.update_into(zeros, buffer)
+        yield words
+
+
+def asked_before(exchange: Exchange) -> tuple[Exchange, ...]:
+    """What a device must have been asked before this."""
+    return EXCHANGES[:3] if exchange == "decrypt" else EXCHANGES[: EXCHANGES.index(exchange)]
 
 
 def message(exchange: str, *parts: bytes, length: int, round: int) -> Payload:
@@ -398,10 +506,13 @@ def message_parts(
     return payload.parts
 
 
-def traffic(config: MaskedConfig, devices: int, length: int) -> tuple[int, int]:
+def traffic(config: MaskSettings, devices: int, length: int, sent: int) -> tuple[int, int]:
     """Bytes that one device sends and receives for one sum of vectors (`length`,) without dropouts, beside the weights.
 
-    A device receives as many shares as it gives, on average.
+    A device receives as many shares as it gives, on average, and does not decrypt the sum.
+
+    Args:
+        sent: Bytes of one masked vector.
     """
     graph = mask_graph(devices, corrupt_share=config.corrupt_share, dropout_share=config.dropout_share)
     partners, everybody = graph.partners, _COUNT.size * devices
@@ -409,7 +520,7 @@ def traffic(config: MaskedConfig, devices: int, length: int) -> tuple[int, int]:
     up = (
         (_KEYS.size,),
         (GIVEN.size * partners,),
-        (4 * length, SIGNATURE_BYTES),
+        (sent, SIGNATURE_BYTES),
         (SIGNATURE_BYTES,),
         (KEY_BYTES, SHARE.size * partners),
     )

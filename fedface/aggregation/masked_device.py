@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 
-import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -19,18 +18,19 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedface.aggregation.mask_graph import choose_partners
 from fedface.aggregation.masked import (
-    EXCHANGES,
+    DECRYPTS,
     GIVEN,
     KEY_BYTES,
     MAX_PARTICIPANTS,
     SEALED,
     SHARE,
-    Grid,
+    SUM_KEY,
     KeyMessage,
     Members,
     Participants,
+    Residues,
     Ring,
-    add_mask,
+    asked_before,
     derive,
     digest,
     entries,
@@ -41,11 +41,10 @@ from fedface.aggregation.masked import (
     settings,
     shared_secret,
 )
-from fedface.aggregation.payload import AggregationParameters, Exchange, MaskedConfig, Payload, SumContext
+from fedface.aggregation.payload import AggregationParameters, Exchange, MaskSettings, Payload, SumContext
 from fedface.aggregation.shamir import SHARE_BYTES, split
 from fedface.codec import decode
 from fedface.errors import AggregationError
-from fedface.privacy.plan import DPParameters
 from fedface.tensor_types import Vector
 
 HONEST, SMALLEST, SETTINGS = "honest", "smallest_cohort", "settings"  # in the header of what is stored
@@ -62,12 +61,13 @@ class MaskedDevice:
         * Each survivor's owner admits a sum of so few.
     """
 
-    config: MaskedConfig
+    config: MaskSettings
     agreement: AggregationParameters
+    ring: Ring
     context: SumContext | None  # of `protect`; the answers take it from what is stored
     signing: Ed25519PrivateKey
     smallest_cohort: int  # that the owner admits
-    dp: DPParameters | None = None  # of `protect`, whose noise may be distributed
+    honest: int = 0  # for `protect`: devices of whose shares of noise the sum depends; 0: noise is complete
 
     def protect(self, update: Vector, round: int) -> Payload:
         """What stays on the device: a new secret, and the update (d,) as integers of the grid.
@@ -76,13 +76,12 @@ class MaskedDevice:
         """
         if self.context is None or self.context.round != round:
             raise AggregationError(f"a vector of round {round} needs to know what its sum is of")
-        integers = Grid(config=self.config, agreement=self.agreement, dp=self.dp).to_ring(update)
+        written = self.ring.write(self.ring.to_ring(update))
         secret = secrets.token_bytes(KEY_BYTES)
-        written = integers.astype("<u4").tobytes()
-        stored = message("stored", secret, written, length=len(integers), round=round)
-        honest = 0 if self.dp is None else self.dp.honest_devices
+        stored = message("stored", secret, written, length=len(update), round=round)
         kept = {
-            **asdict(self.context), HONEST: honest, SMALLEST: self.smallest_cohort, SETTINGS: self._settings.hex()
+            **asdict(self.context), HONEST: self.honest, SMALLEST: self.smallest_cohort,
+            SETTINGS: self._settings.hex(), SUM_KEY: self.ring.key,
         }  # fmt: skip
         return replace(stored, header={**kept, **stored.header})
 
@@ -110,19 +109,17 @@ class MaskedDevice:
         Raises:
             AggregationError: A request is not one that an honest server sends; nothing may be sent.
         """
-        if exchange not in EXCHANGES:
-            raise AggregationError(f"masked sums have no exchange {exchange!r}")
-        missing = [name for name in EXCHANGES[: EXCHANGES.index(exchange) + 1] if name not in requests]
-        if missing:
+        if missing := [name for name in (*asked_before(exchange), exchange) if name not in requests]:
             raise AggregationError(f"this device was not asked for {missing[0]!r} before {exchange!r}")
         return self._sum(Payload.from_bytes(stored)).answer(exchange, requests).to_bytes()
 
     def _sum(self, stored: Payload) -> _DeviceSum:
         secret, integers = message_parts(stored, "stored", 2, length=stored.length, round=stored.round)
         context = decode(SumContext, {each.name: stored.header.get(each.name) for each in fields(SumContext)})
-        vector = np.frombuffer(integers, dtype="<u4")
         if stored.header.get(SETTINGS) != self._settings.hex():
             raise AggregationError("this sum is asked for with other settings than its vectors were")
+        if stored.header.get(SUM_KEY) != self.ring.key:
+            raise AggregationError("the key for encrypted sums is not the one with which this sum was begun")
         smallest = stored.whole(SMALLEST, least=0, most=MAX_COHORT)
         if self.smallest_cohort > smallest:
             raise AggregationError("the owner demands larger sums than when this vector was computed")
@@ -132,7 +129,8 @@ class MaskedDevice:
             honest=stored.whole(HONEST, least=0, most=MAX_PARTICIPANTS),
             smallest_cohort=smallest,
             secret=secret,
-            vector=vector,
+            length=stored.length,
+            vector=self.ring.read(integers, stored.length),
         )
 
 
@@ -145,7 +143,8 @@ class _DeviceSum:
     honest: int  # how many devices' shares of noise the server must not know in the sum; 0: noise is complete
     smallest_cohort: int  # that the owner admits, as signed
     secret: bytes
-    vector: Ring
+    length: int
+    vector: Residues
 
     def _private(self, purpose: bytes) -> X25519PrivateKey:
         return X25519PrivateKey.from_private_bytes(derive(self.secret, purpose, self.context.digest))
@@ -163,7 +162,7 @@ class _DeviceSum:
         return derive(self.secret, b"own mask", self.context.digest)
 
     def _message(self, exchange: str, *parts: bytes) -> Payload:
-        return message(exchange, *parts, length=len(self.vector), round=self.context.round)
+        return message(exchange, *parts, length=self.length, round=self.context.round)
 
     @cached_property
     def key_message(self) -> KeyMessage:
@@ -177,18 +176,21 @@ class _DeviceSum:
         return unsigned.sign(self.device.signing, self.context)
 
     def keys(self) -> Payload:
-        return self._message("keys", self.key_message.to_bytes())
+        keys, ring = self._message("keys", self.key_message.to_bytes()), self.device.ring
+        if not ring.key:
+            return keys
+        return replace(keys, header={**keys.header, SUM_KEY: ring.key, DECRYPTS: int(ring.decrypts)})
 
     def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes]) -> Payload:
         asked = {
             name: read_message(
                 requests[name],
                 name,
-                {"shares": 1, "masked": 2, "survivors": 1, "reveal": 2}[name],
-                length=len(self.vector),
+                {"shares": 1, "masked": 2, "survivors": 1, "decrypt": 1, "reveal": 2}[name],
+                length=self.length,
                 round=self.context.round,
             )
-            for name in EXCHANGES[: EXCHANGES.index(exchange) + 1]
+            for name in (*asked_before(exchange), exchange)
         }
         partners = _Partners(
             own=self,
@@ -204,6 +206,9 @@ class _DeviceSum:
         if exchange == "survivors":
             content = partners.participants.survivors_signed(included, survivors)
             return self._message(exchange, self.device.signing.sign(content))
+        if exchange == "decrypt":
+            ring = self.device.ring
+            return self._message(exchange, ring.write(ring.decrypt(asked[exchange][0], self.length)))
         signed, masked = asked["reveal"]
         partners.check_signatures(included, survivors, signed)
         agreeing = partners.agreeing(included, masked)
@@ -295,13 +300,13 @@ class _Partners:
     def masked(self, included: Members, received: Mapping[int, bytes]) -> bytes:
         """The vector with all masks, little-endian."""
         everybody = self.participants
-        total = self.own.vector.astype(np.uint32)
-        add_mask(total, everybody.own_mask_key(self.own.own, included, self.index))
+        ring, total = self.own.device.ring, self.own.vector.copy()
+        ring.add_mask(total, everybody.own_mask_key(self.own.own, included, self.index))
         for other in sorted((included.indices & set(self.chosen)) | set(received)):
             secret = shared_secret(self.own.masking, everybody.keys[other].masking)
             key = everybody.mask_key(secret, included, self.index, other)
-            add_mask(total, key, subtract=other < self.index)
-        return total.astype("<u4").tobytes()
+            ring.add_mask(total, key, subtract=other < self.index)
+        return ring.send(total, self.own.length)
 
     def survivors(self, included: Members, listed: bytes) -> Members:
         """The survivors. Raises AggregationError if this device must not help to reveal their sum."""

@@ -6,26 +6,27 @@ one request only: a server that restarts asks the same again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedface.aggregation.masked import (
+    DECRYPTS,
     GIVEN,
     SEALED,
     SHARE,
     SIGNATURE,
-    Grid,
+    SUM_KEY,
     KeyMessage,
     Members,
     Participants,
+    Residues,
     Ring,
-    add_mask,
     digest,
     entries,
     message,
@@ -35,12 +36,11 @@ from fedface.aggregation.masked import (
     shared_secret,
     verify,
 )
-from fedface.aggregation.payload import AggregationParameters, Exchange, MaskedConfig, Payload, SumContext
+from fedface.aggregation.payload import Exchange, MaskSettings, Payload, SumContext
 from fedface.aggregation.shamir import join
 from fedface.aggregation.sums import Request, SumResult
 from fedface.atomic_io import replace_bytes
 from fedface.errors import AggregationError
-from fedface.privacy.plan import DPParameters
 
 
 class MaskedServer:
@@ -48,24 +48,24 @@ class MaskedServer:
 
     def __init__(
         self,
-        config: MaskedConfig,
-        agreement: AggregationParameters,
+        config: MaskSettings,
+        ring: Ring,
         context: SumContext,
         length: int,
         *,
-        dp: DPParameters | None = None,
         stored: Path | None = None,
         fewest: int = 1,
     ) -> None:
         """The sum of vectors (`length`,); one that was begun and is stored in that file is continued.
 
-        Raises AggregationError if the file is not one of this sum, PrivacyError if distributed noise does not fit it.
+        Raises AggregationError if the file is not one of this sum.
         """
-        self._grid = Grid(config=config, agreement=agreement, dp=dp)
-        self._grid.noise(length)  # before a device is asked
+        self._ring = ring
         self._config, self._context, self._length, self._file = config, context, length, stored
         self._fewest = fewest
         self._keys: dict[int, KeyMessage] = {}
+        self._sum_keys: dict[int, str] = {}  # names of the keys with which members encrypt
+        self._decrypting: set[int] = set()  # members with the secret key
         self._taken: set[bytes] = set()  # every key that a participant has
         self._probe = X25519PrivateKey.generate()
         self._state = _Stored()
@@ -99,12 +99,24 @@ class MaskedServer:
         if self._state.participants and keys not in self._indices:
             raise AggregationError("the sum of this round was begun without this device")
         self._keys[member] = keys
+        self._sum_keys[member] = str(payload.header.get(SUM_KEY, ""))
+        if payload.header.get(DECRYPTS) == 1:
+            self._decrypting.add(member)
         self._taken |= {keys.device, keys.encryption, keys.masking}
 
     def close(self) -> Mapping[int, str]:
-        """Those whose owners demand larger sums than there can be."""
+        """Those that encrypt with another key than most, and whose owners demand larger sums than there can be."""
         left: dict[int, str] = {}
-        while not self._state.participants:
+        if self._state.participants or not self._keys:
+            return left
+        (most, _), *others = Counter(self._sum_keys.values()).most_common()
+        for member, name in self._sum_keys.items() if others else ():
+            if name != most:
+                del self._keys[member]
+                left[member] = (
+                    f"it encrypts with another key ({name}) than most devices; give it a copy of {most}"
+                )
+        while True:
             count = len(self._keys)
             greedy = [member for member, keys in self._keys.items() if keys.smallest_cohort > count]
             if not greedy:
@@ -131,12 +143,13 @@ class MaskedServer:
         if not state.shares:
             yield from self._ask_shares()
         given = _GivenShares(participants=self._everybody, shares=state.shares)
-        if state.total is None:
+        if not state.total:
             yield from self._ask_masked(given)
-        assert state.total is not None
         survivors = Members(indices=frozenset(state.arrived))
         if not state.signatures:
             yield from self._ask_survivors(given.included, survivors)
+        if self._ring.encrypted and not state.decrypted:
+            yield from self._ask_decrypt(survivors)
         unmasking = _Unmasking(given, survivors)
         yield self._request(
             "reveal",
@@ -146,11 +159,11 @@ class MaskedServer:
             },
             unmasking.take,
         )
-        total = state.total.copy()
-        unmasking.unmask(total)
+        total = self._ring.read(state.decrypted or state.total, self._length)
+        unmasking.unmask(total, self._ring)
         members = self._members
         self._result = SumResult(
-            total=self._grid.from_ring(total, len(survivors.indices)),
+            total=self._ring.from_ring(total, self._length, len(survivors.indices)),
             members=frozenset(members[index] for index in survivors.indices if index in members),
             count=len(survivors.indices),
         )
@@ -172,15 +185,13 @@ class MaskedServer:
 
     def _ask_masked(self, given: _GivenShares) -> Iterator[Request]:
         everybody, included = self._everybody, given.included
-        total, arrived = np.zeros(self._length, np.uint32), dict[int, bytes]()
+        total, arrived = self._ring.adder(self._length), dict[int, bytes]()
         agreed = everybody.included_signed(included)
 
         def add(index: int, parts: tuple[bytes, ...]) -> None:
             vector, signature = parts
-            if len(vector) != 4 * self._length:
-                raise AggregationError(f"expected {self._length} masked numbers, got {len(vector)} bytes")
             verify(everybody.keys[index].device, signature, agreed, "it has not signed the participants")
-            np.add(total, np.frombuffer(vector, dtype="<u4"), out=total)
+            total.add(vector)
             arrived[index] = signature
 
         passed_on = {index: (included.written, given.for_receiver(index)) for index in included.indices}
@@ -188,7 +199,7 @@ class MaskedServer:
         everybody.check_survivors(included, Members(indices=frozenset(arrived)))
         if len(arrived) < self._fewest:
             raise AggregationError(f"{len(arrived)} vectors arrived, {self._fewest} are needed")
-        self._state.total, self._state.arrived = total, arrived
+        self._state.total, self._state.arrived = total.to_bytes(), arrived
         self._save()
 
     def _ask_survivors(self, included: Members, survivors: Members) -> Iterator[Request]:
@@ -203,6 +214,22 @@ class MaskedServer:
         self._check_enough(len(signed), "signed the list of survivors")
         self._state.signatures = signed
         self._save()
+
+    def _ask_decrypt(self, survivors: Members) -> Iterator[Request]:
+        """Ask one survivor with the secret key after the other, until one decrypts the sum."""
+
+        def take(index: int, parts: tuple[bytes, ...]) -> None:
+            self._ring.read(parts[0], self._length)
+            self._state.decrypted = parts[0]
+
+        members = self._members
+        holders = (index for index in survivors.indices if members.get(index) in self._decrypting)
+        for index in sorted(holders, key=lambda index: members[index]):
+            yield self._request("decrypt", {index: (self._state.total,)}, take)
+            if self._state.decrypted:
+                self._save()
+                return
+        raise AggregationError("no device with the secret key decrypted the sum")
 
     def result(self) -> SumResult:
         """The sum, after all exchanges."""
@@ -257,29 +284,29 @@ class _Stored:
 
     participants: bytes = b""
     shares: dict[int, bytes] = field(default_factory=dict)  # as each sender gave them, by its index
-    arrived: dict[int, bytes] = field(
-        default_factory=dict
-    )  # the survivors' signatures of those who gave shares
-    total: Ring | None = None  # of the survivors' masked vectors
+    arrived: dict[int, bytes] = field(default_factory=dict)  # survivors' signatures of those who gave shares
+    total: bytes = b""  # of the survivors' masked vectors, as they sent them
     signatures: dict[int, bytes] = field(default_factory=dict)  # of the list of survivors
+    decrypted: bytes = b""  # the same total, where it was encrypted
 
     def to_bytes(self, length: int, round: int) -> bytes:
-        """As a payload: participants, signatures, total, then the shares of each sender behind its index."""
-        total = b"" if self.total is None else self.total.astype("<u4").tobytes()
+        """As a payload: participants, signatures, totals, then the shares of each sender behind its index."""
         shares = (index.to_bytes(4, "big") + written for index, written in sorted(self.shares.items()))
-        parts = (self.participants, _signatures(self.arrived), _signatures(self.signatures), total, *shares)
+        signatures = _signatures(self.arrived), _signatures(self.signatures)
+        parts = (self.participants, *signatures, self.total, self.decrypted, *shares)
         return message("begun", *parts, length=length, round=round).to_bytes()
 
     @staticmethod
     def from_bytes(written: bytes, length: int, round: int) -> _Stored:
         """Inverse of `to_bytes`. Raises AggregationError for another length or round."""
         parts = read_message(written, "begun", None, length=length, round=round)
-        participants, arrived, signatures, total, *shares = parts
+        participants, arrived, signatures, total, decrypted, *shares = parts
         return _Stored(
             participants=participants,
             arrived=dict(SIGNATURE.iter_unpack(arrived)),
             signatures=dict(SIGNATURE.iter_unpack(signatures)),
-            total=np.frombuffer(total, dtype="<u4").astype(np.uint32) if total else None,
+            total=total,
+            decrypted=decrypted,
             shares={int.from_bytes(each[:4], "big"): each[4:] for each in shares},
         )
 
@@ -364,7 +391,7 @@ class _Unmasking:
                 "or this one gave false ones"
             )
 
-    def unmask(self, total: Ring) -> None:
+    def unmask(self, total: Residues, ring: Ring) -> None:
         """Remove, in place, each survivor's own mask and the masks that survivors share with others.
 
         Raises AggregationError with the participant whose secret cannot be recovered.
@@ -374,7 +401,7 @@ class _Unmasking:
             own = self._own[index] if index in self._own else self._joined(index)
             if digest(b"own mask", own) != everybody.keys[index].own_mask:
                 raise AggregationError(self._blame(index, "its shares are not those of its own mask"))
-            add_mask(total, everybody.own_mask_key(own, included, index), subtract=True)
+            ring.add_mask(total, everybody.own_mask_key(own, included, index), subtract=True)
         for index in sorted(included.indices - self._survivors.indices):
             masking = X25519PrivateKey.from_private_bytes(self._joined(index))
             if public_bytes(masking) != everybody.keys[index].masking:
@@ -382,7 +409,7 @@ class _Unmasking:
             for other in sorted(self._given.partners_of(index) & self._survivors.indices):
                 secret = shared_secret(masking, everybody.keys[other].masking)
                 key = everybody.mask_key(secret, included, index, other)
-                add_mask(total, key, subtract=other < index)
+                ring.add_mask(total, key, subtract=other < index)
 
     def _joined(self, index: int) -> bytes:
         everybody = self._given.participants

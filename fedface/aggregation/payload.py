@@ -1,8 +1,7 @@
-"""The payload that a device sends to be summed, and the interface of every aggregation protocol.
+"""The settings of sums, and the payload that a device sends to be summed.
 
-A device calls `protect`, the server `combine`, and a key holder `reveal`. A payload is untrusted, so
-`Payload.from_bytes` checks everything: every length is bounded and exact, the header is flat JSON, and any deviation is
-an AggregationError.
+A payload is untrusted, so `Payload.from_bytes` checks everything: every length is bounded and exact, the header is flat
+JSON, and any deviation is an AggregationError.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal, NoReturn, Protocol, TypeAlias
+from typing import Annotated, ClassVar, Literal, NoReturn, TypeAlias
 
 from fedface.errors import AggregationError
-from fedface.tensor_types import Vector
 from fedface.validation import Above, AtLeast, In, checked
 
 PlainValue: TypeAlias = int | float | str
@@ -48,8 +46,8 @@ class AggregationParameters:
 
 SumOf = Literal["updates", "metrics"]
 Exchange = Literal[
-    "decrypt", "shares", "masked", "survivors", "reveal"
-]  # of homomorphic sums; of masked ones
+    "shares", "masked", "survivors", "decrypt", "reveal"
+]  # "decrypt": of homomorphic sums alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,23 +76,8 @@ class PlainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-@checked
-class HomomorphicConfig:
-    """Integers under BFV encryption with a key that the devices share and the server never has."""
-
-    kind: ClassVar[str] = "homomorphic"
-
-    bits: Annotated[int, In("[2, 24]")] = 16  # for one value of one device
-    # The key holder refuses to decrypt a sum of fewer updates.
-    min_devices: Annotated[int, AtLeast(1)] = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-@checked
-class MaskedConfig:
-    """Integers modulo 2^32 under masks that cancel in the sum; no one has a key."""
-
-    kind: ClassVar[str] = "masked"
+class MaskSettings:
+    """Of sums whose vectors have masks that cancel in the sum."""
 
     bits: Annotated[int, In("[2, 24]")] = 16  # for one value of one device
     min_devices: Annotated[int, AtLeast(2)] = 2  # a sum of fewer vectors is not revealed
@@ -103,7 +86,26 @@ class MaskedConfig:
     corrupt_share: Annotated[float, In("[0, 0.5)")] = 0.1  # of the devices, which may collude with the server
 
 
-AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig | MaskedConfig
+@dataclass(frozen=True, kw_only=True)
+@checked
+class MaskedConfig(MaskSettings):
+    """Integers modulo 2^32 under masks; no one has a key."""
+
+    kind: ClassVar[str] = "masked"
+
+
+@dataclass(frozen=True, kw_only=True)
+@checked
+class HomomorphicConfig(MaskSettings):
+    """Integers under masks, which are also encrypted (BFV) with a key that the server never has."""
+
+    kind: ClassVar[str] = "homomorphic"
+
+    # Devices encrypt with a public key, and only a device with the secret key decrypts; otherwise all share one key.
+    public_key: bool = False
+
+
+AggregationConfig: TypeAlias = PlainConfig | MaskedConfig | HomomorphicConfig
 
 
 def fewest_summed(config: AggregationConfig, cohort: int) -> int:
@@ -131,7 +133,7 @@ class Payload:
     and no secret may depend on it.
     """
 
-    kind: str  # "plain" or "homomorphic", the config's `kind`
+    kind: str  # "plain", "masked", or "homomorphic" for what is encrypted
     header: Mapping[str, PlainValue]  # flat; 64-bit integers, finite floats, strings
     parts: tuple[bytes, ...] = field(repr=False)
 
@@ -252,25 +254,6 @@ def _read_header(text: bytes, announced: int) -> tuple[str, dict[str, PlainValue
     if type(flat) is not dict or set(flat) != {"kind", "header"} or type(flat["header"]) is not dict:
         _refuse("its header is not of the form {kind, header}")
     return flat["kind"], flat["header"]  # Payload checks each entry
-
-
-class Aggregation(Protocol):
-    """A protocol for sums of updates. Equal inputs give equal sums under each, up to quantisation."""
-
-    def protect(self, update: Vector, round: int) -> Payload:
-        """On the device: one update, shape (d,), weight units, as a payload with count 1.
-
-        Raises AggregationError before anything leaves if the update is not finite or not a vector.
-        """
-
-    def combine(self, payloads: Sequence[Payload]) -> Payload:
-        """On the server: the payload of the sum. Needs no key.
-
-        Raises AggregationError: no payloads, too many, or different lengths, rounds or parameters.
-        """
-
-    def reveal(self, total: Payload) -> Vector:
-        """At a key holder: the SUM (not the mean) of the updates, float32, shape (d,), weight units."""
 
 
 def same_shape(payloads: Sequence[Payload], kind: str) -> tuple[int, int, int]:

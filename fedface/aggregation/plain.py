@@ -1,24 +1,27 @@
 """Plain sums: each update is sent as float32, and the server can read it.
 
 The baseline for encrypted sums, which must agree with it up to quantisation. Use it where noise is added on the
-device, or where devices and server have one owner. There is no key, so anyone can `reveal`.
+device, or where devices and server have one owner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fedface.aggregation.payload import Payload, PlainConfig, same_shape
+from fedface.aggregation.payload import Exchange, Payload, PlainConfig, same_shape
 from fedface.aggregation.quantisation import finite_vector
+from fedface.aggregation.sums import Request, SumResult
 from fedface.errors import AggregationError
 from fedface.tensor_types import Vector
 
 KIND = PlainConfig().kind
 FORMAT = 1
+LARGEST = 1e3  # public ranges; numbers of other sums are clamped to 1
 _TYPES: dict[int, str] = {4: "<f4", 8: "<f8"}  # bytes per value: an update, a sum
 
 
@@ -67,7 +70,10 @@ class PlainAggregation:
         return _payload(values, width=4, round=round, count=1)
 
     def combine(self, payloads: Sequence[Payload]) -> Payload:
-        """The sum in float64, so that sums of sums lose no digits. Raises AggregationError; see Aggregation."""
+        """The sum in float64, so that sums of sums lose no digits.
+
+        Raises AggregationError: no payloads, too many, or different lengths or rounds.
+        """
         length, round, count = same_shape(payloads, KIND)
         if count > self.max_devices:
             raise AggregationError(f"at most {self.max_devices} updates may be in one sum, got {count}")
@@ -80,3 +86,75 @@ class PlainAggregation:
         """The sum, float32, shape (d,). Raises AggregationError if the payload does not fit its header."""
         same_shape([total], KIND)
         return torch.from_numpy(_values(total).astype(np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainDevice:
+    """A device's side of a plain sum: what it sends is what it stores, and nothing follows."""
+
+    plain: PlainAggregation
+
+    def protect(self, update: Vector, round: int) -> Payload:
+        """The update as it is sent. Raises AggregationError if it is not finite."""
+        return self.plain.protect(update, round)
+
+    def opening(self, stored: bytes) -> bytes:
+        """The same."""
+        return stored
+
+    def closed(self, stored: bytes) -> bytes:
+        """The same."""
+        return stored
+
+    def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: bytes) -> bytes:
+        """Raises AggregationError: nothing follows."""
+        raise AggregationError(f"sums of this run have no exchange {exchange!r}")
+
+
+class PlainServer:
+    """The server's side: adds payloads as they arrive, and none is stored."""
+
+    def __init__(self, plain: PlainAggregation, round: int, length: int) -> None:
+        """Sum payloads of that round and length."""
+        self._plain, self._round, self._length = plain, round, length
+        self._total: Payload | None = None
+        self._members: set[int] = set()
+        self._seen: set[tuple[str, bytes]] = set()
+
+    def accept(self, member: int, payload: Payload, device: str) -> None:
+        """Add a payload. Raises AggregationError, and leaves the sum as it was, if it cannot be added."""
+        if (payload.round, payload.length, payload.count) != (self._round, self._length, 1):
+            raise AggregationError(
+                f"expected one update of round {self._round} with {self._length} weights, got {payload.count} of "
+                f"round {payload.round} with {payload.length}"
+            )
+        largest = float(self._plain.reveal(payload).abs().max())
+        if largest > LARGEST:
+            raise AggregationError(
+                f"expected numbers of about one public range, {LARGEST:.0f} at most, got {largest:.3g}"
+            )
+        # One update must count once: two programs with one state folder send one stored reply. Two devices of other
+        # names may send the same numbers.
+        content = device, hashlib.sha256(payload.parts[0]).digest()
+        if content in self._seen:
+            raise AggregationError(
+                "another device sent the same bytes: if two programs use one state folder, stop one"
+            )
+        self._total = self._plain.combine([payload] if self._total is None else [self._total, payload])
+        self._members.add(member)
+        self._seen.add(content)
+
+    def close(self) -> Mapping[int, str]:
+        """All that arrived are in the sum."""
+        return {}
+
+    def exchanges(self) -> Iterator[Request]:
+        """None."""
+        return iter(())
+
+    def result(self) -> SumResult:
+        """The sum."""
+        assert self._total is not None
+        return SumResult(
+            total=self._plain.reveal(self._total), members=frozenset(self._members), count=self._total.count
+        )

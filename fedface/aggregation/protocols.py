@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedface.aggregation.homomorphic import HomomorphicDevice, HomomorphicKeys, HomomorphicServer
+from fedface.aggregation.homomorphic import EncryptedRing, HomomorphicKeys
+from fedface.aggregation.masked import Ring, Words
 from fedface.aggregation.masked_device import MaskedDevice
 from fedface.aggregation.masked_server import MaskedServer
 from fedface.aggregation.payload import (
@@ -19,27 +19,38 @@ from fedface.aggregation.payload import (
     PlainConfig,
     SumContext,
 )
-from fedface.aggregation.plain import PlainAggregation
-from fedface.aggregation.sums import CombinedDevice, CombinedServer, DeviceSum, ServerSum
+from fedface.aggregation.plain import PlainAggregation, PlainDevice, PlainServer
+from fedface.aggregation.sums import DeviceSum, ServerSum
 from fedface.errors import AggregationError
 from fedface.privacy.plan import DPParameters
-
-LARGEST_PLAIN = 1e3  # public ranges; numbers of other sums are clamped to 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceKeys:
     """What a device needs for protected sums, beside what is public."""
 
-    signing: Ed25519PrivateKey | None = None  # of masked sums, its own
-    shared: HomomorphicKeys | None = None  # of homomorphic sums, the same on every device
+    signing: Ed25519PrivateKey | None = None  # of masked and homomorphic sums, its own
+    encryption: HomomorphicKeys | None = None  # of homomorphic sums
 
 
 def make_keys(config: AggregationConfig, agreement: AggregationParameters) -> HomomorphicKeys | None:
-    """The key that the devices of a run share, if the protocol needs one. Never call this on the server."""
+    """New keys of homomorphic sums, None for others. Never call this on the server."""
     if not isinstance(config, HomomorphicConfig):
         return None
     return HomomorphicKeys.make(config, agreement)
+
+
+def sum_ring(
+    config: MaskedConfig | HomomorphicConfig,
+    agreement: AggregationParameters,
+    keys: HomomorphicKeys | None = None,
+    *,
+    dp: DPParameters | None = None,
+) -> Ring:
+    """The integers of a sum: with keys a device's, without them the server's."""
+    if isinstance(config, HomomorphicConfig):
+        return EncryptedRing(config, agreement, keys)
+    return Words(config=config, agreement=agreement, dp=dp)
 
 
 def server_sum(
@@ -58,17 +69,15 @@ def server_sum(
         dp: Of the vectors: their noise may be distributed.
         fewest: A masked sum of fewer vectors is not revealed.
         stored: The file from which a sum that was interrupted is continued; None: it is not stored.
+
+    Raises AggregationError or PrivacyError if full sums do not fit.
     """
-    match config:
-        case PlainConfig():
-            plain = PlainAggregation(max_devices=agreement.max_devices)
-            return CombinedServer(plain, context.round, length, largest=LARGEST_PLAIN)
-        case MaskedConfig():
-            return MaskedServer(config, agreement, context, length, dp=dp, stored=stored, fewest=fewest)
-        case HomomorphicConfig():
-            return CombinedServer(HomomorphicServer(config, agreement), context.round, length, stored=stored)
-        case _:
-            assert_never(config)
+    if isinstance(config, PlainConfig):
+        return PlainServer(PlainAggregation(max_devices=agreement.max_devices), context.round, length)
+    ring = sum_ring(config, agreement, dp=dp)
+    if isinstance(ring, Words):
+        ring.noise(length)  # fails before a device is asked
+    return MaskedServer(config, ring, context, length, stored=stored, fewest=fewest)
 
 
 def device_sum(
@@ -88,20 +97,14 @@ def device_sum(
 
     Raises AggregationError if a required key is missing.
     """
-    match config:
-        case PlainConfig():
-            return CombinedDevice(PlainAggregation(max_devices=agreement.max_devices))
-        case MaskedConfig():
-            if keys.signing is None:
-                raise AggregationError("masked sums need the device's signing key, got none")
-            return MaskedDevice(
-                config=config, agreement=agreement, context=context, signing=keys.signing,
-                smallest_cohort=smallest_cohort, dp=dp,
-            )  # fmt: skip
-        case HomomorphicConfig():
-            if keys.shared is None:
-                raise AggregationError("encrypted sums need the devices' shared key, got none")
-            fewest = replace(config, min_devices=max(config.min_devices, smallest_cohort))
-            return CombinedDevice(HomomorphicDevice(fewest, agreement, keys.shared))
-        case _:
-            assert_never(config)
+    if isinstance(config, PlainConfig):
+        return PlainDevice(plain=PlainAggregation(max_devices=agreement.max_devices))
+    if isinstance(config, HomomorphicConfig) and keys.encryption is None:
+        raise AggregationError("homomorphic sums need a key for encryption, got none")
+    if keys.signing is None:
+        raise AggregationError(f"{config.kind} sums need the device's signing key, got none")
+    return MaskedDevice(
+        config=config, agreement=agreement, ring=sum_ring(config, agreement, keys.encryption, dp=dp),
+        context=context, signing=keys.signing, smallest_cohort=smallest_cohort,
+        honest=0 if dp is None else dp.honest_devices,
+    )  # fmt: skip

@@ -116,47 +116,45 @@ class Quantiser:
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """Several integers per slot, and a leading 1 in every update, whose sum counts the devices.
+    """Several integers per slot.
 
     Guarantees:
-        * The slot-wise sum of packed updates unpacks to the sum of their integers and to their number, as
-          long as every sum stays below 2^width: no carry crosses from one integer into its neighbour.
+        * The slot-wise sum of packed updates unpacks to the sum of their integers, as long as every sum stays below
+          2^width: no carry crosses from one integer into its neighbour.
     """
 
     width: int  # bits for one integer of a full sum, >= 1
     per_slot: int  # integers in one slot, >= 1; per_slot * width <= 62
-    slots: int  # slots in one part, >= 1
 
     def __post_init__(self) -> None:
-        if min(self.width, self.per_slot, self.slots) < 1 or self.per_slot * self.width > 62:
+        if min(self.width, self.per_slot) < 1 or self.per_slot * self.width > 62:
             raise ValueError(f"a slot must hold 1..62 bits, got {self.per_slot} x {self.width}")
 
-    def parts_for(self, length: int) -> int:
-        """How many parts carry `length` integers and the count in front of them."""
-        return -(-(length + 1) // (self.slots * self.per_slot))
+    def slots_for(self, length: int) -> int:
+        """How many slots carry `length` integers."""
+        return -(-length // self.per_slot)
 
     def _places(self) -> np.ndarray:
         places: np.ndarray = np.arange(self.per_slot, dtype=np.int64)[:, None] * self.width
         return places
 
     def pack(self, integers: Integers) -> np.ndarray:
-        """One update's integers, int64 (d,), each in 0..2^width - 1, as slots, int64 (parts, slots)."""
-        parts = self.parts_for(len(integers))
-        fields = np.zeros(parts * self.per_slot * self.slots, dtype=np.int64)
-        fields[0] = 1
-        fields[1 : 1 + len(integers)] = integers
-        packed: np.ndarray = (fields.reshape(parts, self.per_slot, self.slots) << self._places()).sum(axis=1)
+        """One update's integers, int64 (d,), each in 0..2^width - 1, as slots, int64 (n,)."""
+        slots = self.slots_for(len(integers))
+        fields = np.zeros(self.per_slot * slots, dtype=np.int64)
+        fields[: len(integers)] = integers
+        packed: np.ndarray = (fields.reshape(self.per_slot, slots) << self._places()).sum(axis=0)
         return packed
 
-    def unpack(self, slots: np.ndarray, length: int) -> tuple[Integers, int]:
-        """Sums of packed updates, int64 (parts, slots), as (integers int64 (d,), how many updates).
+    def unpack(self, slots: np.ndarray, length: int) -> Integers:
+        """Sums of packed updates, int64 (n,), as int64 (length,).
 
         Raises AggregationError if the slots are not a possible sum of packed updates.
         """
-        spread: np.ndarray = slots[:, None, :] >> self._places()
-        if int((spread[:, -1] >> self.width).max()) > 0:
+        spread: np.ndarray = slots[None, :] >> self._places()
+        if int((spread[-1] >> self.width).max()) > 0:
             raise AggregationError("a slot exceeds the largest possible sum: this is not a sum of updates")
         fields = (spread & ((1 << self.width) - 1)).reshape(-1)
-        if fields[1 + length :].any():
+        if fields[length:].any():
             raise AggregationError("the padding after the sum is not zero: this is not a sum of updates")
-        return fields[1 : 1 + length], int(fields[0])
+        return fields[:length]

@@ -44,10 +44,10 @@ def rehearse_protocol(
 ) -> Rehearsal:
     """Sum this vector of so many devices under a protocol, with fresh keys."""
     context = SumContext(run="rehearsal", round=1, sum_of="updates", model="", terms="", cohort=devices)
-    shared = make_keys(config, agreement)
+    keys = make_keys(config, agreement)
     members = {
         member: device_sum(
-            config, agreement, DeviceKeys(signing=Ed25519PrivateKey.generate(), shared=shared), context
+            config, agreement, DeviceKeys(signing=Ed25519PrivateKey.generate(), encryption=keys), context
         )
         for member in range(devices)
     }

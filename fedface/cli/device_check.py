@@ -150,7 +150,8 @@ def _sum_key(state: DeviceState, plans: list[RunPlan]) -> str:
     for name, config, agreement in encrypted:
         if Scheme(config=config, agreement=agreement).public["parameters"] != keys.parameters:
             raise ConfigError(f"{state.key_path} does not fit the encryption of the run {name}")
-    return f"key {keys.name}; every device of the run must have the same"
+    decrypts = "it decrypts sums" if keys.secret else "it encrypts and does not decrypt"
+    return f"key {keys.name}; {decrypts}; every device of the run must have the same"
 
 
 def _disk(folder: Path) -> str:

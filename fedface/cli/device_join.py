@@ -152,7 +152,7 @@ def _join(invite: Invite, folder: Path, answers: Answers) -> None:
     if "homomorphic" in policy.protocols:
         say(
             cell(
-                f"Missing: {folder / STATE / KEY_FILE}, which decrypts sums and which the server must never have."
+                f"Missing: {folder / STATE / KEY_FILE}, which encrypts updates and which the server must never have."
             )
         )
         say(
@@ -160,7 +160,7 @@ def _join(invite: Invite, folder: Path, answers: Answers) -> None:
                 f"  the first device of the run: fedface device keygen {folder / STATE / KEY_FILE} --device {file}"
             )
         )
-        say("  every other: copy that file from the first device, not by way of the server")
+        say("  every other: copy the file that it names from the first device, not by way of the server")
 
 
 def _trusted_server(invite: Invite, folder: Path) -> Server:

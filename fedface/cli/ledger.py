@@ -29,6 +29,7 @@ DEFAULT_DELTA = 1e-5  # of a ledger without a policy: an entry records its unit,
 def device_keygen(out: Path, device: Path | None, experiment: Path | None) -> None:
     """`fedface device keygen`."""
     from fedface.aggregation.protocols import make_keys
+    from fedface.device.config import KEY_FILE
     from fedface.device.device import admitted_plans
     from fedface.experiment import Experiment, read_experiment
     from fedface.messages.messages import EvaluationRequest, RoundConfig
@@ -46,7 +47,13 @@ def device_keygen(out: Path, device: Path | None, experiment: Path | None) -> No
         raise ConfigError(f"{experiment or device}: sums are not encrypted, so there is no key to share")
     out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     keys.save(out)
-    say(f"wrote {out} (key {keys.name}); copy it to each device, not to the server")
+    if not keys.public:
+        say(f"wrote {out} (key {keys.name}); copy it to each device, not to the server")
+        return
+    others = out.with_name(out.name + ".public")
+    keys.for_others().save(others)
+    say(f"wrote {out} (key {keys.name}), which decrypts: for this device alone")
+    say(f"wrote {others}: copy it to each other device as its {KEY_FILE}")
 
 
 @dataclass(frozen=True, kw_only=True)

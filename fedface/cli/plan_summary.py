@@ -13,8 +13,8 @@ from fedface import number_format
 from fedface.aggregation.mask_graph import mask_graph
 from fedface.aggregation.masked import EXCHANGES
 from fedface.aggregation.masked import traffic as masked_traffic
-from fedface.aggregation.payload import HomomorphicConfig, MaskedConfig, fewest_summed
-from fedface.aggregation.protocols import DeviceKeys, device_sum, make_keys
+from fedface.aggregation.payload import HomomorphicConfig, MaskSettings, fewest_summed
+from fedface.aggregation.protocols import DeviceKeys, device_sum, make_keys, sum_ring
 from fedface.experiment import EVALUATIONS, Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
 from fedface.models.checkpoint import flatten_parameters
 from fedface.number_format import format_delta
@@ -64,24 +64,26 @@ def measure_traffic(recipe: Experiment, plan: Plan) -> Traffic:
         if dp is not None and vector is not None:
             # It must fit sums of 32 bits.
             DistributedNoise.of(dp, len(vector), recipe.agreement.max_devices)
-    up, down = _sum_traffic(recipe, zeros)
+    up, down, decrypted = _sum_traffic(recipe, zeros)
     return Traffic(
         weights=len(weights),
         numbers_up=len(zeros),
         bytes_up=up,
-        bytes_decrypted=4 * len(zeros) if isinstance(recipe.aggregation, HomomorphicConfig) else 0,
+        bytes_decrypted=decrypted,
         metric_bytes_up=0 if metrics is None else _sum_traffic(recipe, metrics)[0],
         bytes_for_sum=down,
     )
 
 
-def _sum_traffic(recipe: Experiment, vector: Vector) -> tuple[int, int]:
-    """Bytes that a device sends and receives for one sum, without those of the weights and of a decrypted sum."""
+def _sum_traffic(recipe: Experiment, vector: Vector) -> tuple[int, int, int]:
+    """Bytes that a device sends and receives for one sum, without those of the weights, and of a decrypted sum."""
     config, agreement = recipe.aggregation, recipe.agreement
-    if isinstance(config, MaskedConfig):
-        return masked_traffic(config, recipe.devices.count, len(vector))
-    keys = DeviceKeys(shared=make_keys(config, agreement))
-    return device_sum(config, agreement, keys).protect(vector, 1).nbytes, 0
+    if not isinstance(config, MaskSettings):
+        return device_sum(config, agreement, DeviceKeys()).protect(vector, 1).nbytes, 0, 0
+    ring = sum_ring(config, agreement, make_keys(config, agreement))
+    integers = ring.to_ring(vector)
+    traffic = masked_traffic(config, recipe.devices.count, len(vector), len(ring.send(integers, len(vector))))
+    return *traffic, len(ring.write(integers)) if isinstance(config, HomomorphicConfig) else 0
 
 
 def plan_record(recipe: Experiment, plan: Plan, traffic: Traffic) -> dict[str, Any]:
@@ -143,19 +145,21 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
             f"{recipe.evaluation.metrics.width:,} numbers per device over the run, {protection}, "
             f"{number_format.size(traffic.metric_bytes_up)} each"
         )
-    if isinstance(recipe.aggregation, MaskedConfig):
+    if isinstance(recipe.aggregation, MaskSettings):
         yield from _mask_lines(recipe.aggregation, recipe.devices.count)
+        if isinstance(recipe.aggregation, HomomorphicConfig):
+            yield _key_line(recipe.aggregation)
         yield from _noise_lines(recipe, plan)
     if traffic.bytes_decrypted:
         yield (
-            "  and, from one device that holds the key: each decrypted sum, "
+            "  and, from one device with the secret key: each decrypted sum, still masked, "
             f"{number_format.size(traffic.bytes_decrypted)} per round"
         )
     yield f"stays on the device: {_stays(recipe)}"
     yield f"download: the weights, {number_format.size(traffic.bytes_down)} per device and round"
 
 
-def _mask_lines(config: MaskedConfig, devices: int) -> Iterator[str]:
+def _mask_lines(config: MaskSettings, devices: int) -> Iterator[str]:
     """What masked sums of so many devices survive, and what they assume."""
     graph = mask_graph(devices, corrupt_share=config.corrupt_share, dropout_share=config.dropout_share)
     yield (
@@ -174,6 +178,13 @@ def _mask_lines(config: MaskedConfig, devices: int) -> Iterator[str]:
         f"{number_format.counted(graph.corrupt, 'device')} of these {devices} collude with the server, or the server "
         f"makes devices up{''.join(f'; a sum {failure}' for failure in failures)}"
     )
+
+
+def _key_line(config: HomomorphicConfig) -> str:
+    """Who can decrypt."""
+    if config.public_key:
+        return "  and encrypted with a public key: one device has the secret key; without it too no one reads an update"
+    return "  and encrypted with a key that the devices share: whoever has no device does not read an update either"
 
 
 def _noise_lines(recipe: Experiment, plan: Plan) -> Iterator[str]:

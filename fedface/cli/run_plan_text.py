@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from fedface import number_format
-from fedface.aggregation.payload import AggregationConfig, HomomorphicConfig, MaskedConfig
+from fedface.aggregation.payload import AggregationConfig, HomomorphicConfig, MaskSettings
 from fedface.cli.console import cell
 from fedface.measurements import Epsilon
 from fedface.messages.run_plan import RunPlan
@@ -82,14 +82,10 @@ def _noise(dp: DPParameters) -> str:
 
 
 def _protection(aggregation: AggregationConfig) -> str:
-    if isinstance(aggregation, HomomorphicConfig):
+    if isinstance(aggregation, MaskSettings):
+        how = "masked and encrypted" if isinstance(aggregation, HomomorphicConfig) else "masked"
         return (
-            f"encrypted, so that the server sees only sums of at least "
-            f"{number_format.counted(aggregation.min_devices, 'device')}"
-        )
-    if isinstance(aggregation, MaskedConfig):
-        return (
-            f"masked, so that the server sees only sums of at least "
+            f"{how}, so that the server sees only sums of at least "
             f"{number_format.counted(aggregation.min_devices, 'device')}, unless more than "
             f"{aggregation.corrupt_share:.0%} of the devices collude with it"
         )

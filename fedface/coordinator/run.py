@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import assert_never
 
-from fedface.aggregation.payload import HomomorphicConfig
 from fedface.atomic_io import replace_bytes, replace_text
 from fedface.audits.bias import tone_histogram
 from fedface.codec import encode
@@ -444,10 +443,6 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
         notes.append(
             f"The privacy guarantee covers {describe_unit(plan.privacy.unit)}. A person in many "
             f"{PLURALS[plan.privacy.unit]} is protected less: the privacy losses of all that show them add up."
-        )
-    if isinstance(experiment.aggregation, HomomorphicConfig):
-        notes.append(
-            "All devices share one key for encrypted sums: a device that sees another's upload can read it."
         )
     if plan.dp_parameters.is_private and plan.dp_parameters.noise == "central":
         releases = "update" if experiment.evaluation is None else "update and metrics"

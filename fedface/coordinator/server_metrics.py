@@ -226,12 +226,12 @@ def aggregation_costs(
     update: Vector, config: AggregationConfig, agreement: AggregationParameters, devices: int
 ) -> list[AggregationRecord]:
     """Sum this update with itself under each protocol, for so many devices."""
-    one_key = "any device with the shared key; the server reads only the sum"
     no_one = "no one, unless more devices than the sum tolerates collude with the server"
+    nor_without = f"{no_one}, which also needs the key of the devices"
     configs: list[tuple[AggregationConfig, str]] = [
         (PlainConfig(), "the server reads every update"),
         (config if isinstance(config, MaskedConfig) else MaskedConfig(), no_one),
-        (config if isinstance(config, HomomorphicConfig) else HomomorphicConfig(), one_key),
+        (config if isinstance(config, HomomorphicConfig) else HomomorphicConfig(), nor_without),
     ]
     return [_cost(each, sees, update, agreement, devices) for each, sees in configs]
 

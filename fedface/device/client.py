@@ -25,7 +25,7 @@ from fedface.aggregation.payload import (
     AggregationParameters,
     Exchange,
     HomomorphicConfig,
-    MaskedConfig,
+    MaskSettings,
     PlainConfig,
     SumContext,
     fewest_summed,
@@ -96,7 +96,7 @@ def handle_task(task: Task, device: Device) -> Reply:
 
     Raises:
         WeightsError: The weights do not fit the networks of the task, or are not those that it names.
-        AggregationError: The shared key is missing, or a sum is not of this run's kind.
+        AggregationError: The key for encryption is missing, or a sum is not of this run's kind.
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
@@ -352,7 +352,7 @@ class _ReleaseTransaction:
 
     def _opening(self, stored: bytes, entry: LedgerEntry) -> tuple[bytes, LedgerEntry | None]:
         """What is sent first, and the entry that covers it: none where the vector itself follows later, masked."""
-        return self._sums.opening(stored), None if isinstance(self.aggregation, MaskedConfig) else entry
+        return self._sums.opening(stored), None if isinstance(self.aggregation, MaskSettings) else entry
 
     def release(self, computation: ComputationFactory, size: int) -> tuple[bytes, float, LedgerEntry | None]:
         """Record, compute and store; returns what is sent, the seconds of `protect`, and the entry that covers it.
@@ -536,12 +536,8 @@ def _device_sum(
 ) -> DeviceSum:
     """The owner's policy sets a lower bound on the updates in a sum, independent of the server's task."""
     keys = DeviceKeys()
-    match config:
-        case PlainConfig():
-            pass
-        case MaskedConfig():
-            keys = DeviceKeys(signing=device.signing_key())
-        case HomomorphicConfig():
-            keys = DeviceKeys(shared=HomomorphicKeys.load(device.key_path))
+    if isinstance(config, MaskSettings):
+        encryption = HomomorphicKeys.load(device.key_path) if isinstance(config, HomomorphicConfig) else None
+        keys = DeviceKeys(signing=device.signing_key(), encryption=encryption)
     fewest = device.policy.min_cohort_size
     return device_sum(config, agreement, keys, context, smallest_cohort=fewest, dp=dp)

@@ -27,7 +27,9 @@ EXAMPLE = Path(__file__).with_name("device.example.yaml")
 # In the state folder:
 LEDGER_FILE = "ledger.sqlite"  # the record of privacy losses, transmissions and withdrawals for all runs
 SIGNING_KEY_FILE = "signing.key"  # signs this device's part in masked sums
-KEY_FILE = "sum.key"  # the key that the devices of a run share and the server does not have
+KEY_FILE = (
+    "sum.key"  # with which the devices of a run encrypt, and some decrypt, and which the server does not have
+)
 PLANS_FOLDER = "plans"  # the run plans that the owner has admitted
 INDEX_REGISTRY = "indexes.json"  # paths of the indexes of this device's photos
 PAUSED_FILE = "paused"  # while it exists, every task is refused
@@ -40,7 +42,7 @@ class DeviceConfig:
 
     name: str  # the name by which reports list this device; the server sees it
     photos: Path  # folder of the photos; read, never written
-    state: Path  # folder of the ledger and the shared key; must be private (mode 0700)
+    state: Path  # folder of the ledger and the keys; must be private (mode 0700)
     policy: DevicePolicy
     detector: Path | None = None  # a YuNet file; None: the bundled detector
     occasions: OccasionRule = field(default_factory=OccasionRule)  # which photos count as taken together

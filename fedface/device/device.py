@@ -46,7 +46,7 @@ class Device:
     name: str  # the public name in logs and reports
     photos: Callable[[int], DeviceDataset]  # size in pixels -> all aligned faces with their privacy units
     policy: DevicePolicy
-    state: Path  # folder of the ledger and the shared key, readable by the owner alone
+    state: Path  # folder of the ledger and the keys, readable by the owner alone
     # Raises ConditionsNotMet while photos cannot be read; called before a release is recorded.
     ready: Callable[[], None] = lambda: None
     server: str = "the coordinator"  # the receiver of replies, as the owner calls it

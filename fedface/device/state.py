@@ -112,7 +112,7 @@ class DeviceState:
 
     @property
     def key_path(self) -> Path:
-        """The shared key, if there is one."""
+        """The key of homomorphic sums, if there is one."""
         return self.config.state / KEY_FILE
 
     @property

@@ -151,7 +151,7 @@ def describe_erasure(state: DeviceState, *, ledger: bool) -> list[str]:
         ),
         (
             state.key_path in found,
-            "The shared key is deleted: runs with encrypted sums need a new copy of it.",
+            "The key of homomorphic sums is deleted: such runs need a new copy of it.",
         ),
         (
             state.index in found,
@@ -183,7 +183,7 @@ def files_to_erase(state: DeviceState, *, ledger: bool) -> list[FileToErase]:
             key of several devices.
     """
     going = [
-        FileToErase(file=state.key_path, what="the shared key"),
+        FileToErase(file=state.key_path, what="the key of homomorphic sums"),
         FileToErase(file=state.config.state / SIGNING_KEY_FILE, what="the signing key"),
     ]
     for place in state.indexes:
@@ -216,7 +216,7 @@ def _with_side_files(database: Path) -> list[Path]:
 
 
 def erase(state: DeviceState, *, ledger: bool) -> Erased:
-    """Delete a device's stored replies, shared key and photo index; with `ledger`, the ledger too.
+    """Delete a device's stored replies, keys and photo index; with `ledger`, the ledger too.
 
     Replies are overwritten in the ledger even if it is then deleted. Files are deleted, not overwritten.
 

@@ -303,7 +303,7 @@ def protection_of(task: Task) -> str:
         case PlainConfig():
             return f"{noise}; not encrypted: the server sees it"
         case HomomorphicConfig():
-            return f"{noise}; encrypted, only the sum over devices is decrypted"
+            return f"{noise}; masked and encrypted, only the sum over devices can be read"
         case MaskedConfig():
             return f"{noise}; masked, only the sum over devices can be read"
 

@@ -53,9 +53,11 @@ class LoggedRecord:
             case Transmission(kind="metrics", run=run, round=round):
                 return f"Metrics of how well a model serves these photos, for {run}, evaluation {round}"
             case Transmission(kind="metrics sum", run=run, round=round):
-                return f"The decrypted sum of several devices' metrics, for {run}, evaluation {round}"
+                return f"The decrypted sum of several devices' metrics, still masked, for {run}, evaluation {round}"
             case Transmission(kind="update sum", run=run, round=round):
-                return f"The decrypted sum of several devices' updates, for {run}, round {round}"
+                return (
+                    f"The decrypted sum of several devices' updates, still masked, for {run}, round {round}"
+                )
             case Transmission(kind="exchange", run=run, round=round):
                 return f"Keys, signatures or shares of masks of a sum of several devices, for {run}, round {round}"
             case Transmission(run=run, round=round, reason=reason):

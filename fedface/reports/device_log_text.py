@@ -47,8 +47,8 @@ def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
         "says",
         "metrics": "metrics: how well a model serves your photos, and how many of them (or of your occasions) have "
         "which skin tones, as sums that are protected as each line says",
-        "update sum": "decrypted sums of updates: of several devices together",
-        "metrics sum": "decrypted sums of metrics: of several devices together",
+        "update sum": "decrypted sums of updates: of several devices together, still masked",
+        "metrics sum": "decrypted sums of metrics: of several devices together, still masked",
         "exchange": "messages that reveal a sum: public keys, signatures, and encrypted shares of random masks, with "
         "nothing of a photo",
         "refusal": "refusals, each a sentence that says why",

@@ -19,9 +19,10 @@ from fedface.transport.run_config import read_run_config
 
 
 def prepare(experiment: Experiment, folder: Path) -> None:
-    """Create each simulated device's state folder, and the shared key if sums are encrypted.
+    """Create each simulated device's state folder, and the keys if sums are encrypted.
 
-    The key is generated here because the simulation plays all devices; the coordinator does not receive it. Existing
+    The key is generated here because the simulation plays all devices; the coordinator does not receive it. The first
+    device alone has the secret key, if there is a public one. Existing
     files are not replaced.
     """
     if isinstance(experiment.devices, RemoteDevices):
@@ -37,7 +38,7 @@ def prepare(experiment: Experiment, folder: Path) -> None:
         )
     if missing and (keys := make_keys(experiment.aggregation, experiment.agreement)) is not None:
         for state in missing:
-            keys.save(state / "sum.key")
+            (keys if state == states[0] else keys.for_others()).save(state / "sum.key")
 
 
 def simulated_device(experiment: Experiment, number: int, folder: Path) -> Device:

@@ -24,7 +24,7 @@ from fedface.aggregation.masked import (
     KeyMessage,
     Members,
     Participants,
-    add_mask,
+    Words,
     digest,
     message,
     read_message,
@@ -40,6 +40,7 @@ from fedface.tensor_types import Vector
 LENGTH = 50
 CONFIG = MaskedConfig()
 AGREEMENT = AggregationParameters(value_range=1.0, max_devices=64)
+RING = Words(config=CONFIG, agreement=AGREEMENT)
 CONTEXT = SumContext(run="run", round=3, sum_of="updates", model="model", terms="terms", cohort=3)
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number] * 32)) for number in range(64)]
 
@@ -47,7 +48,12 @@ KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number] * 32)) for number in
 def device(number: int, **changes: object) -> MaskedDevice:
     """One of 64 devices."""
     one = MaskedDevice(
-        config=CONFIG, agreement=AGREEMENT, context=CONTEXT, signing=KEYS[number], smallest_cohort=2
+        config=CONFIG,
+        agreement=AGREEMENT,
+        ring=RING,
+        context=CONTEXT,
+        signing=KEYS[number],
+        smallest_cohort=2,
     )
     return replace(one, **changes)  # type: ignore[arg-type]
 
@@ -70,7 +76,7 @@ def keys_of(one: MaskedDevice, stored: bytes) -> Payload:
 
 def server(stored: Path | None = None, config: MaskedConfig = CONFIG) -> MaskedServer:
     """The server of the sum."""
-    return MaskedServer(config, AGREEMENT, CONTEXT, LENGTH, stored=stored)
+    return MaskedServer(config, RING, CONTEXT, LENGTH, stored=stored)
 
 
 @dataclass
@@ -142,17 +148,17 @@ def test_a_sum_on_a_sparse_graph_survives_dropouts_in_every_exchange() -> None:
 def test_the_traffic_of_a_device_is_what_the_plan_says() -> None:
     """Every byte of every exchange, for a complete graph."""
     done = rehearse(server(), dict(some(10)), vector, 3)
-    assert (done.bytes_up, done.bytes_down) == traffic(CONFIG, 10, LENGTH)
+    assert (done.bytes_up, done.bytes_down) == traffic(CONFIG, 10, LENGTH, 4 * LENGTH)
 
 
 def test_a_mask_is_the_keystream_of_aes_256_in_counter_mode() -> None:
     """As 32-bit words, for a vector that ends in the middle of a block."""
     total = np.ones(20_001, np.uint32)
-    add_mask(total, bytes(range(32)))
+    RING.add_mask(total, bytes(range(32)))
     cipher = Cipher(algorithms.AES(bytes(range(32))), modes.CTR(bytes(16))).encryptor()
     words = np.frombuffer(cipher.update(bytes(4 * 20_001)), dtype="<u4")
     assert np.array_equal(total, words + np.uint32(1))
-    add_mask(total, bytes(range(32)), subtract=True)
+    RING.add_mask(total, bytes(range(32)), subtract=True)
     assert np.array_equal(total, np.ones(20_001, np.uint32))
 
 
@@ -444,7 +450,7 @@ def test_a_short_list_does_not_lower_the_number_of_tolerated_colluders() -> None
     context = replace(CONTEXT, cohort=20)
     devices = {number: device(number, context=context) for number in range(6)}
     with pytest.raises(AggregationError, match="at least"):
-        rehearse(MaskedServer(CONFIG, AGREEMENT, context, LENGTH), dict(devices), vector, 3)
+        rehearse(MaskedServer(CONFIG, RING, context, LENGTH), dict(devices), vector, 3)
 
 
 def test_a_device_whose_partners_are_declared_lost_does_not_sign() -> None:
@@ -452,7 +458,7 @@ def test_a_device_whose_partners_are_declared_lost_does_not_sign() -> None:
     config = MaskedConfig(dropout_share=0.3, corrupt_share=0.0)
     context = replace(CONTEXT, cohort=50)
     devices = {number: device(number, config=config, context=context) for number in range(50)}
-    one = Sum(devices, server=MaskedServer(config, AGREEMENT, context, LENGTH))
+    one = Sum(devices, server=MaskedServer(config, RING, context, LENGTH))
 
     def drop(exchange: Exchange, member: int, content: bytes) -> bytes:
         if exchange != "survivors" or member != 0:
@@ -578,7 +584,7 @@ def test_sums_that_do_not_fit_the_ring_are_refused() -> None:
     """24 bits for 1,000 devices take 34 bits."""
     agreement = AggregationParameters(value_range=1.0, max_devices=1000)
     with pytest.raises(AggregationError, match="more than 32"):
-        MaskedServer(MaskedConfig(bits=24), agreement, CONTEXT, LENGTH)
+        Words(config=MaskedConfig(bits=24), agreement=agreement)
 
 
 def test_digests_of_parts_do_not_depend_on_where_they_are_cut() -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, tiny_way, train_task
 
-from fedface.aggregation.homomorphic import HomomorphicDevice, HomomorphicKeys, HomomorphicServer
-from fedface.aggregation.payload import HomomorphicConfig, Payload
+from fedface.aggregation.payload import Exchange, HomomorphicConfig, Payload
+from fedface.aggregation.protocols import server_sum
 from fedface.device.client import handle_task
 from fedface.device.config import PAUSED_FILE
 from fedface.device.device import Device
@@ -27,8 +27,8 @@ from fedface.messages.messages import (
     Refusal,
     TrainResult,
     TrainTask,
+    sum_context,
     to_message,
-    vector_from,
 )
 from fedface.messages.parsing import read_task
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
@@ -41,6 +41,7 @@ from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.participation_conditions import NOT_NOW_MESSAGE, ConditionsNotMet
+from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import GanRound
 
@@ -457,67 +458,56 @@ def hidden_round(tmp_path: Path) -> tuple[Experiment, Device, TrainTask]:
     return experiment, first_device(experiment, tmp_path / "states"), train_task(experiment, tiny_gan())
 
 
-def reveal_task(experiment: Experiment, payload: Payload, round: int = 1) -> ExchangeTask:
-    """A request to decrypt a sum."""
+def exchange_task(task: TrainTask, exchange: Exchange, content: bytes) -> ExchangeTask:
+    """One exchange of the sum of a round."""
     return ExchangeTask(
-        run="tiny",
-        round=round,
-        aggregation=experiment.aggregation,
-        agreement=experiment.agreement,
-        exchange="decrypt",
-        content=payload.to_bytes(),
+        run=task.run,
+        round=task.round,
+        aggregation=task.config.aggregation,
+        agreement=task.config.agreement,
+        exchange=exchange,
+        content=content,
     )
 
 
-def test_a_device_decrypts_the_sum_of_a_round_that_it_took_part_in(tmp_path: Path) -> None:
-    """Of two updates: its own and one of ones; the sum is known up to quantisation."""
+def test_a_device_decrypts_one_sum_of_a_round_that_it_took_part_in(tmp_path: Path) -> None:
+    """Its own update and another device's; the server reads their sum, and no request after it is answered."""
     experiment, device, task = hidden_round(tmp_path)
+    devices = device, simulated_device(experiment, 1, tmp_path / "states")
+    context = sum_context(task)
+    server = server_sum(experiment.aggregation, experiment.agreement, context, len(task.weights))
+    for member, each in enumerate(devices):
+        reply = handle_task(replace(task, cohort=2), each)
+        assert isinstance(reply, TrainResult) and len(reply.payload) < 1000  # keys alone
+        server.accept(member, Payload.from_bytes(reply.payload), each.name)
+    decrypted: dict[Device, ExchangeTask] = {}
+    for request in server.exchanges():
+        for member, content in request.contents.items():
+            asked = exchange_task(task, request.exchange, content)
+            answer = handle_task(asked, devices[member])
+            assert isinstance(answer, ExchangeResult)
+            request.receive(member, answer.content)
+            if request.exchange == "decrypt":
+                decrypted[devices[member]] = asked
+    result = server.result()
+    assert result.members == {0, 1} and float(result.total.abs().max()) <= 2
+    ((holder, asked),) = decrypted.items()
+    for changed, reason in (
+        (replace(asked, run="another"), "no part in the sum of round 1 of another"),
+        (replace(asked, content=asked.content + b"0"), "it is answered once"),
+        (replace(asked, aggregation=HomomorphicConfig(min_devices=3)), "other settings than agreed"),
+    ):
+        refused = handle_task(changed, holder)
+        assert isinstance(refused, Refusal) and reason in refused.reason
+
+
+def test_a_device_decrypts_nothing_before_it_has_signed_a_list_of_survivors(tmp_path: Path) -> None:
+    """Its own upload, straight after training: nothing is decrypted."""
+    _, device, task = hidden_round(tmp_path)
     reply = handle_task(task, device)
     assert isinstance(reply, TrainResult)
-    assert isinstance(config := experiment.aggregation, HomomorphicConfig)
-    other = HomomorphicDevice(config, experiment.agreement, HomomorphicKeys.load(device.key_path))
-    ones = other.protect(torch.ones(len(task.weights)), 1)
-    server = HomomorphicServer(config, experiment.agreement)
-    total = server.combine([Payload.from_bytes(reply.payload), ones])
-    opened = handle_task(reveal_task(experiment, total), device)
-    assert isinstance(opened, ExchangeResult) and len(opened.content) == 4 * len(task.weights)
-    revealed = vector_from(opened.content)
-    assert float(revealed.min()) >= -1e-3 and float(revealed.max()) <= 2 + 1e-3
-
-    elsewhere = handle_task(replace(reveal_task(experiment, total), run="another"), device)
-    assert isinstance(elsewhere, Refusal) and "no part in the sum of round 1 of another" in elsewhere.reason
-    again = handle_task(reveal_task(experiment, server.combine([ones])), device)
-    assert isinstance(again, Refusal) and "it is answered once" in again.reason
-
-    # Other settings than those of the round, such as a smaller sum.
-    asked = replace(reveal_task(experiment, total), aggregation=HomomorphicConfig(min_devices=1))
-    other_settings = handle_task(asked, device)
-    assert isinstance(other_settings, Refusal) and "other settings than agreed" in other_settings.reason
-
-
-@pytest.mark.parametrize("own", [2, 3])
-def test_a_device_decrypts_no_sum_that_is_too_small(own: int, tmp_path: Path) -> None:
-    """The run's smallest sum is two; the owner's minimum cohort size overrides it."""
-    experiment, device, task = hidden_round(tmp_path)
-    careful = replace(device, policy=replace(device.policy, min_cohort_size=own))
-    reply = handle_task(replace(task, cohort=3, config=task.config), device)
-    assert isinstance(reply, TrainResult) and isinstance(config := experiment.aggregation, HomomorphicConfig)
-    server, payload = HomomorphicServer(config, experiment.agreement), Payload.from_bytes(reply.payload)
-    other = HomomorphicDevice(config, experiment.agreement, HomomorphicKeys.load(device.key_path))
-    summed = [payload, other.protect(torch.ones(len(task.weights)), 1)][: own - 1]
-    with pytest.raises(AggregationError, match=f"at least {own} updates"):
-        handle_task(reveal_task(experiment, server.combine(summed)), careful)
-
-
-def test_a_device_does_not_decrypt_the_sum_of_another_round(tmp_path: Path) -> None:
-    """A payload of round 1 in a task for round 2, which it also answered."""
-    experiment, device, task = hidden_round(tmp_path)
-    first = handle_task(task, device)
-    assert isinstance(first, TrainResult) and isinstance(
-        handle_task(replace(task, round=2), device), TrainResult
-    )
-    with pytest.raises(AggregationError, match="expected the sum of round 2, got that of round 1"):
-        handle_task(reveal_task(experiment, Payload.from_bytes(first.payload), round=2), device)
+    with pytest.raises(AggregationError, match="not asked for 'shares' before 'decrypt'"):
+        handle_task(exchange_task(task, "decrypt", reply.payload), device)
 
 
 def test_a_ledger_rolled_back_to_before_a_reply_is_detected(

@@ -14,7 +14,9 @@ import quick
 import torch
 from tiny import SilentProgress, started, tiny_experiment
 
+from fedface.aggregation.masked_server import MaskedServer
 from fedface.aggregation.payload import Payload
+from fedface.aggregation.sums import SumResult
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.coordinator.run import run_experiment
 from fedface.experiment import Experiment, devices_folder
@@ -83,9 +85,27 @@ def whole_run(folder: Path, photos_per_device: int) -> tuple[Experiment, Path, l
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path, list[Overheard]]:
+def sums_of_metrics() -> list[np.ndarray]:
+    """What the server reads of the metrics in `run`, public ranges."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, sums_of_metrics: list[np.ndarray]
+) -> tuple[Experiment, Path, list[Overheard]]:
     """Two devices of 39 photos each."""
-    return whole_run(tmp_path_factory.mktemp("many"), 39)
+    read = MaskedServer.result
+
+    def result(server: MaskedServer) -> SumResult:
+        found = read(server)
+        if server._context.sum_of == "metrics":
+            sums_of_metrics.append(found.total.double().numpy())
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedServer, "result", result)
+        return whole_run(tmp_path_factory.mktemp("many"), 39)
 
 
 def test_headers_contain_names_and_times_and_nothing_else(
@@ -113,9 +133,7 @@ def test_every_payload_was_recorded_with_noise_before_it_left(
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         entries = {(entry.run, entry.round): entry for entry in ledger.entries()}
-        answered = {
-            (o.task.ledger_key, o.task.round) for o in heard if o.member == number and not decrypted(o)
-        }
+        answered = {(o.task.ledger_key, o.task.round) for o in heard if o.member == number and has_vector(o)}
         assert answered == set(entries) and len(entries) == len(ledger.entries()) == 4
         for entry in entries.values():
             assert 0 < epsilon_of(event_from_json(entry.event), 1e-3).lower < 8
@@ -123,9 +141,9 @@ def test_every_payload_was_recorded_with_noise_before_it_left(
         assert ledger.spent(1e-3, unit="occasion").upper <= 8.0
 
 
-def decrypted(overheard: Overheard) -> bool:
-    """Whether the device decrypted a sum in which its own part was recorded."""
-    return isinstance(overheard.task, ExchangeTask)
+def has_vector(overheard: Overheard) -> bool:
+    """Whether the message has the device's vector, masked and encrypted."""
+    return isinstance(overheard.task, ExchangeTask) and overheard.task.exchange == "masked"
 
 
 def test_the_ledger_has_every_message_that_left(run: tuple[Experiment, Path, list[Overheard]]) -> None:
@@ -136,7 +154,7 @@ def test_the_ledger_has_every_message_that_left(run: tuple[Experiment, Path, lis
         sent = ledger.read().transmissions
         answers = [o for o in heard if o.member == number]
         assert [line.bytes for line in sent] == [len(*o.reply.blobs.values()) for o in answers]
-        assert [line.entry is None for line in sent] == [decrypted(o) for o in answers]
+        assert [line.entry is not None for line in sent] == [has_vector(o) for o in answers]
 
 
 def test_no_photo_no_name_and_no_count_is_in_any_message(
@@ -169,12 +187,13 @@ def test_messages_of_a_larger_library_have_the_same_form_and_size(
         return [(o.member, json.loads(o.reply.header)["kind"], _parts(o.reply)) for o in heard]
 
     def _parts(reply: Message) -> object:
-        (blob,) = reply.blobs.values()
-        if "payload" not in reply.blobs:
-            return len(blob)
-        payload = Payload.from_bytes(blob)
-        # A ciphertext's length moves by a few bytes with its own randomness, which SEAL compresses.
-        return payload.kind, payload.length, payload.count, payload.round, len(payload.parts)
+        payload = Payload.from_bytes(*reply.blobs.values())
+        exchange, *parts = payload.header["exchange"], *payload.parts
+        if exchange == "masked":
+            # A ciphertext's length moves by a few bytes with its own randomness, which SEAL compresses.
+            encrypted = Payload.from_bytes(parts.pop(0))
+            return payload.header, encrypted.header.keys(), len(encrypted.parts), [*map(len, parts)]
+        return {**payload.header, "sum_key": ""}, [*map(len, parts)]
 
     assert form(few) == form(many)
 
@@ -196,22 +215,20 @@ def true_rows(experiment: Experiment, folder: Path, config: LocalMetricsConfig) 
 
 
 def test_metrics_that_leave_have_noise(
-    run: tuple[Experiment, Path, list[Overheard]],
+    run: tuple[Experiment, Path, list[Overheard]], sums_of_metrics: list[np.ndarray]
 ) -> None:
-    """The decrypted sums of metrics differ from integer counts by the noise of two devices."""
-    experiment, folder, heard = run
+    """The sums of metrics differ from integer counts by the noise of two devices."""
+    experiment, folder, _ = run
     terms = experiment.plan().evaluation
     assert terms is not None
     assert experiment.evaluation is not None
     config = experiment.evaluation.metrics
     errors = []
-    for overheard in heard:
-        if decrypted(overheard) and overheard.task.ledger_key.endswith("/metrics"):
-            total = np.frombuffer(overheard.reply.blobs["content"], dtype="<f4").astype(np.float64)
-            counts = total[:9] * config.max_units / np.sqrt(config.shares.table)
-            # Only sums over a row are known without the model: how many originals a tone group has.
-            spread = terms.noise_multiplier * np.sqrt(2) * np.sqrt(3) / np.sqrt(config.shares.table)
-            errors.append((counts.reshape(3, 3).sum(axis=1) - true_rows(experiment, folder, config)) / spread)
+    for total in sums_of_metrics:
+        counts = total[:9] * config.max_units / np.sqrt(config.shares.table)
+        # Only sums over a row are known without the model: how many originals a tone group has.
+        spread = terms.noise_multiplier * np.sqrt(2) * np.sqrt(3) / np.sqrt(config.shares.table)
+        errors.append((counts.reshape(3, 3).sum(axis=1) - true_rows(experiment, folder, config)) / spread)
     size = float(np.sqrt(np.square(np.concatenate(errors)).mean()))
     assert (
         len(errors) == 2 and 0.15 < size < 3
