@@ -5,7 +5,7 @@ Sources: label-Dirichlet partitions, Hsu, Qi, Brown (2019), arXiv:1909.06335.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, assert_never
 
@@ -41,19 +41,7 @@ class Dirichlet:
     alpha: Annotated[float, Above(0)]
 
 
-@dataclass(frozen=True)
-class GroupMixes:
-    """Each device's appetite for each group, written down; a group is dealt in these proportions."""
-
-    weights: tuple[Mapping[str, float], ...]  # one mapping a device, group -> weight >= 0; absent is 0
-
-    def __post_init__(self) -> None:
-        wrong = [weight for mix in self.weights for weight in mix.values() if not 0 <= weight < np.inf]
-        if wrong:
-            raise ValueError(f"weights must be finite and >= 0, got {wrong[0]}")
-
-
-Partition = Even | ByGroup | Dirichlet | GroupMixes
+Partition = Even | ByGroup | Dirichlet
 
 
 def partition(
@@ -64,7 +52,7 @@ def partition(
     Guarantees:
         * Every photo goes to exactly one device.
         * Equal labels, `how` and generator state give equal parts.
-        * A device may end up with no photo (Dirichlet, Mixes): the caller decides what that means.
+        * A device may end up with no photo (Dirichlet): the caller decides what that means.
 
     Args:
         labels: The group of each photo, n of them.
@@ -88,8 +76,6 @@ def partition(
             shares = _one_group_each(sizes, devices)
         case Dirichlet():
             shares = rng.dirichlet(np.full(devices, how.alpha), size=len(names)).reshape(-1, devices)
-        case GroupMixes():
-            shares = _mixed(how, names, devices)
         case _:
             assert_never(how)
     parts: list[list[np.ndarray]] = [[] for _ in range(devices)]
@@ -118,17 +104,3 @@ def _one_group_each(sizes: np.ndarray, devices: int) -> np.ndarray:
     for group, own in enumerate(owners):
         shares[group, own] = 1.0 / len(own)
     return shares
-
-
-def _mixed(how: GroupMixes, names: np.ndarray, devices: int) -> np.ndarray:
-    """Shares, (groups, devices): each group's weights, divided by their sum."""
-    if len(how.weights) != devices:
-        raise ValueError(f"mixes needs one mapping a device: {devices} devices, {len(how.weights)} mappings")
-    unknown = {name for mix in how.weights for name in mix} - set(names.tolist())
-    if unknown:
-        raise ValueError(f"mixes names {sorted(unknown)[0]!r}, but the groups are {', '.join(names)}")
-    weights = np.array([[mix.get(str(name), 0.0) for mix in how.weights] for name in names])
-    totals = weights.sum(axis=1, keepdims=True)
-    if (totals == 0).any():
-        raise ValueError(f"no device takes any of group {str(names[int(np.argmin(totals[:, 0]))])!r}")
-    return np.asarray(weights / totals)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ log = logging.getLogger("fedface.photos")
 
 GREY = 128
 ALL = "all"
+LABELS = ("race", "gender")  # columns of a labelled set; photos are balanced over all their combinations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,89 +33,54 @@ class DetectionRate:
     count: int
     seconds: float  # of the processor per photo, detection alone
 
-    def plus(self, other: DetectionRate) -> DetectionRate:
-        """With the photos of another rate of the same detector."""
-        count = self.count + other.count
-        seconds = (self.seconds * self.count + other.seconds * other.count) / count
-        return replace(self, found=self.found + other.found, count=count, seconds=seconds)
-
     @property
     def interval(self) -> Interval:
         """The rate with its interval."""
         return rate_interval(self.found, self.count)
 
 
-def detection_rates(photos: Iterable[tuple[str, np.ndarray]], detector: Detector) -> list[DetectionRate]:
-    """Count the photos of each group in which the detector finds a face.
+def measure_detection(path: Path, detector: Detector, *, per_cell: int | None = None) -> list[DetectionRate]:
+    """Rates by each of LABELS in turn, and last of all photos, over equally many photos of each crossed group.
 
     Args:
-        photos: Group and upright sRGB pixels, uint8 (h, w, 3), of photos that each show a face.
+        path: A labelled set (see `labelled_sets`).
+        per_cell: Only the first so many photos of each combination of labels.
 
-    Returns:
-        One rate a group, in the order of names, and last the one of all photos together.
+    Raises:
+        LibraryError: No set has such columns.
     """
-    found: Counter[str] = Counter()
-    count: Counter[str] = Counter()
-    seconds: defaultdict[str, float] = defaultdict(float)
-    for group, pixels in photos:
+    found: Counter[tuple[int, str]] = Counter()  # by the label's place and the group
+    count: Counter[tuple[int, str]] = Counter()
+    seconds: defaultdict[tuple[int, str], float] = defaultdict(float)
+    for groups, pixels in padded_faces(path, LABELS, per_group=per_cell):
         started = time.process_time()
         try:
             hit = bool(detector.find(pixels))
         except Exception as error:
             # One broad net: the photo counts as one in which no face was found, and the others are measured.
-            log.warning("%s failed on a photo of the group %s (%r)", detector.name, group, error)
+            log.warning("%s failed on a photo of the group %s (%r)", detector.name, ", ".join(groups), error)
             hit = False
         spent = time.process_time() - started
-        for name in (group, ALL):
-            found[name] += hit
-            count[name] += 1
-            seconds[name] += spent
+        for key in enumerate((*groups, ALL)):
+            found[key] += hit
+            count[key] += 1
+            seconds[key] += spent
     return [
         DetectionRate(
             detector=detector.name,
-            group=group,
-            found=found[group],
-            count=count[group],
-            seconds=seconds[group] / count[group],
+            group=key[1],
+            found=found[key],
+            count=count[key],
+            seconds=seconds[key] / count[key],
         )
-        for group in [*sorted(set(count) - {ALL}), *([ALL] if count else [])]
+        for key in sorted(count)
     ]
 
 
-def pooled(rates: Sequence[DetectionRate], group_of: Callable[[str], str]) -> list[DetectionRate]:
-    """Rates of coarser groups: those of one detector's groups for which `group_of` gives the same name."""
-    sums: dict[str, DetectionRate] = {}
-    for rate in rates:
-        if rate.group != ALL:
-            name = group_of(rate.group)
-            sums[name] = replace(rate, group=name) if name not in sums else sums[name].plus(rate)
-    return [sums[name] for name in sorted(sums)]
-
-
-def measure_detection(
-    path: Path, detector: Detector, *, labels: Sequence[str] = ("race", "gender"), per_cell: int | None = None
-) -> list[DetectionRate]:
-    """Rates by each label in turn, and last of all photos, over equally many photos of each crossed group.
-
-    Args:
-        path: A labelled set (see `labelled_sets`).
-        labels: Columns of the set; the photos are balanced over all their combinations.
-        per_cell: Only the first so many photos of each combination.
-
-    Raises:
-        LibraryError: No set has such columns.
-    """
-    cells = detection_rates(padded_faces(path, label="+".join(labels), per_group=per_cell), detector)
-    by_label = [pooled(cells, partial(_label_at, place)) for place in range(len(labels))]
-    return [*chain(*by_label), *(cell for cell in cells if cell.group == ALL)]
-
-
-def _label_at(place: int, cell: str) -> str:
-    return cell.split(", ")[place]
-
-
-def padded_faces(path: Path, *, label: str, per_group: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """The pictures of a labelled set, each in the middle of a grey picture twice as large.
+def padded_faces(
+    path: Path, labels: Sequence[str], *, per_group: int | None = None
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """The pictures of a labelled set with their labels, each in the middle of a grey picture twice as large.
 
     Such sets are cut so tightly that detectors, which expect a head with room around it, would miss faces for
     that reason alone. All rows count, those whose CSV has no landmarks included; pictures that cannot be read are named
@@ -124,20 +88,19 @@ def padded_faces(path: Path, *, label: str, per_group: int | None = None) -> Ite
 
     Args:
         path: A labelled set (see `labelled_sets`).
-        label: The column that says the group; several columns joined by "+" make crossed groups.
+        labels: The columns that make the groups, crossed.
         per_group: Only the first so many of each group.
 
     Raises:
         LibraryError: No set has such columns.
     """
-    columns = label.split("+")
-    taken: Counter[str] = Counter()
-    sets = [faces for faces in labelled_sets(path) if all(name in faces.rows[0].labels for name in columns)]
+    taken: Counter[tuple[str, ...]] = Counter()
+    sets = [faces for faces in labelled_sets(path) if all(name in faces.rows[0].labels for name in labels)]
     if not sets:
-        raise LibraryError(f"no labelled faces with the columns {', '.join(columns)} at {path}")
+        raise LibraryError(f"no labelled faces with the columns {', '.join(labels)} at {path}")
     for faces in sets:
         problems = [*faces.problems]
-        groups = [", ".join(row.labels[name] for name in columns) for row in faces.rows]
+        groups = [tuple(row.labels[name] for name in labels) for row in faces.rows]
         chosen = first_per_group(groups, per_group, taken)
         for at, pixels in zip(chosen, faces.pixels([faces.rows[at] for at in chosen]), strict=True):
             if isinstance(pixels, PhotoError):
@@ -150,7 +113,8 @@ def padded_faces(path: Path, *, label: str, per_group: int | None = None) -> Ite
 def padded(pixels: np.ndarray) -> np.ndarray:
     """A picture, uint8 (h, w, 3), in the middle of a grey one of twice its width and height."""
     height, width = pixels.shape[:2]
-    canvas = np.full((2 * height, 2 * width, 3), GREY, dtype=np.uint8)
-    top, left = height // 2, width // 2
-    canvas[top : top + height, left : left + width] = pixels
-    return canvas
+    return np.pad(
+        pixels,
+        ((height // 2, height - height // 2), (width // 2, width - width // 2), (0, 0)),
+        constant_values=GREY,
+    )

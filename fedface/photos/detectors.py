@@ -25,6 +25,7 @@ HOG_SIDE = 800  # pixels; above it, faces smaller than about 1/20 of the photo a
 MMOD_SIDE = 480  # the network costs about 5 microseconds a pixel and core: this bounds it to a second
 MMOD_LEAST = 96  # pixels; the network's filters do not fit into a narrower picture
 YUNET_SIDE = 800
+YUNET_SURE = 0.6  # scores below this are not faces
 HOG_LEAST = 8  # pixels; dlib refuses rows of a single pixel
 SURE = 0.25  # HOG scores below this are false alarms about as often as faces
 
@@ -142,7 +143,7 @@ class YuNetDetector:
     Where it finds nothing it looks once more, at a small picture enlarged twofold or a large one halved.
     """
 
-    def __init__(self, path: Path, *, threshold: float = 0.6) -> None:
+    def __init__(self, path: Path) -> None:
         """Load the ONNX file.
 
         Raises:
@@ -152,14 +153,13 @@ class YuNetDetector:
         if not path.is_file():
             raise LibraryError(f"no YuNet model at {path}; expected face_detection_yunet_2023mar.onnx")
         try:
-            self._network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), threshold)
+            self._network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), YUNET_SURE)
         except cv2.error as cause:
             raise LibraryError(f"{path} is not a YuNet model that this OpenCV can read") from cause
-        self._threshold = threshold
 
     @property
     def name(self) -> str:
-        return f"yunet {YUNET_SIDE} px, threshold {self._threshold:g}, two sizes"
+        return f"yunet {YUNET_SIDE} px, threshold {YUNET_SURE:g}, two sizes"
 
     def find(self, pixels: np.ndarray) -> list[Face]:
         """All faces that score above the threshold, largest first."""

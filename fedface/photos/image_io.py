@@ -15,7 +15,6 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -437,23 +436,3 @@ def png_bytes(pixels: np.ndarray, *, software: str | None = None) -> bytes:
         text.add_text("Software", software)
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", optimize=True, pnginfo=text)
     return buffer.getvalue()
-
-
-def sheet(images: Sequence[np.ndarray] | np.ndarray, columns: int, *, gap: int = 2) -> np.ndarray:
-    """Lay pictures of one size out in rows, on white.
-
-    Args:
-        images: uint8, each of shape (h, w, 3); at least one.
-        columns: Pictures a row, >= 1.
-        gap: White pixels between neighbours.
-    """
-    if len(images) == 0 or columns < 1:
-        raise ValueError(f"a sheet needs pictures and columns, got {len(images)} and {columns}")
-    height, width = images[0].shape[:2]
-    rows = -(-len(images) // columns)
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    page = np.full(shape, 255, dtype=np.uint8)
-    for number, image in enumerate(images):
-        top, left = number // columns * (height + gap), number % columns * (width + gap)
-        page[top : top + height, left : left + width] = image
-    return page

@@ -16,9 +16,10 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,9 +89,7 @@ class LabelledFaces:
     images: Images  # float32, shape (n, 3, size, size), sRGB in [0, 1]
     landmarks: torch.Tensor  # float32, shape (n, 5, 2), x and y in pixels of the crop
     groups: tuple[str, ...]  # n of them
-    label: str  # a column of the CSV, such as "race"
     files: tuple[str, ...]  # "set/file", n of them
-    attributes: tuple[Mapping[str, str], ...]  # all labels of each face
     missed: Mapping[str, int]  # group -> faces left out for want of landmarks
     unreadable: Mapping[str, int]  # group -> faces left out because the file is broken
 
@@ -106,19 +105,6 @@ class LabelledFaces:
             landmarks=self.landmarks[numbers],
             groups=tuple(self.groups[number] for number in numbers),
             files=tuple(self.files[number] for number in numbers),
-            attributes=tuple(self.attributes[number] for number in numbers),
-        )
-
-    def by(self, label: str) -> LabelledFaces:
-        """The same faces grouped by another label; the faces left out are then counted as group "unknown"."""
-        if any(label not in labels for labels in self.attributes):
-            raise LibraryError(f"not every face of the probe has a label {label!r}")
-        return replace(
-            self,
-            label=label,
-            groups=tuple(labels[label] for labels in self.attributes),
-            missed={"unknown": sum(self.missed.values())} if self.missed else {},
-            unreadable={"unknown": sum(self.unreadable.values())} if self.unreadable else {},
         )
 
 
@@ -203,15 +189,15 @@ def read_face_folder(
         images=torch.stack(crops).float() / 255.0,
         landmarks=torch.from_numpy(np.stack(points)).float(),
         groups=tuple(row.labels[label] for _, row in read),
-        label=label,
         files=tuple(f"{name}/{row.file}" for name, row in read),
-        attributes=tuple(row.labels for _, row in read),
         missed=dict(missed),
         unreadable=dict(unreadable),
     )
 
 
-def first_per_group(groups: Sequence[str], count: int | None, taken: Counter[str] | None = None) -> list[int]:
+def first_per_group(
+    groups: Sequence[Hashable], count: int | None, taken: Counter[Any] | None = None
+) -> list[int]:
     """The positions of the first `count` members of each group, in order; all of them if it is None.
 
     Args:

@@ -31,6 +31,7 @@ Status = Literal["read", "refused", "own", "other"]
 VERSION = 5  # raise it when decoding or detection changes, and every file is read again
 APPLICATION_ID = 0x46466978  # "FFix", in the header of the SQLite file
 JOURNAL = bytes.fromhex("d9d505f920a163d7")  # how SQLite's journals begin, once they are on the disk
+BUSY_SECONDS = 10.0  # for another scan to end
 MAX_FACES = 100  # stored for one photo, the largest
 
 _TABLES = """
@@ -114,14 +115,14 @@ class PhotoIndex:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def is_busy(self, timeout: float = 10.0) -> bool:
-        """Whether a scan is writing it, and still is after `timeout` seconds."""
+    def is_busy(self) -> bool:
+        """Whether a scan is writing it, and still is after BUSY_SECONDS."""
         if not self.path.is_file():
             return False
         try:
             place = f"{self.path.resolve().as_uri()}?mode=rw"
             with closing(
-                sqlite3.connect(place, uri=True, timeout=timeout, isolation_level=None)
+                sqlite3.connect(place, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
             ) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("ROLLBACK")
@@ -150,7 +151,7 @@ class PhotoIndex:
             raise LibraryError(
                 f"the index {self.path} cannot be written: {cause.strerror or cause}"
             ) from cause
-        with self._explained(), closing(sqlite3.connect(self.path, timeout=10.0)) as connection:
+        with self._explained(), closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection:
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA secure_delete = ON")  # a deleted photo's crop is overwritten
             connection.execute("PRAGMA foreign_keys = ON")
@@ -237,8 +238,8 @@ class ScanWriter:
     def __init__(self, connection: sqlite3.Connection, detector: str) -> None:
         self._connection = connection
         self._detector = detector
-        row = ("INSERT INTO scan (detector, finished) VALUES (?, 0)", (detector,))
-        self._scan = connection.execute(*row).lastrowid
+        new = "INSERT INTO scan (detector, finished) VALUES (?, 0)"
+        self._scan = connection.execute(new, (detector,)).lastrowid
         connection.commit()
 
     def still_holds(self, path: Path, state: FileStamp) -> bool:

@@ -35,9 +35,9 @@ class EmptyLibrary(LibraryError):
     """A folder that can be read and holds no file, or no face."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ScanReport:
-    """The counts of one scan, also given to the progress callback while it runs."""
+    """The counts of one scan, also given to the progress callback while they grow."""
 
     files: int = 0  # regular files met, hidden ones apart
     reused: int = 0  # known from an earlier scan and unchanged
@@ -47,7 +47,6 @@ class ScanReport:
     faces: int = 0  # found now
     gone: int = 0  # known before and no longer there
     seconds: float = 0.0
-    latest: Path | None = None  # the file just dealt with
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> files and folders that were passed over
 
 
@@ -93,9 +92,9 @@ def scan_library(
         scan = _Scan(root, detector, writer, cropper, progress)
         for path, photo in decoder.read_all(scan.to_decode()):
             scan.record(path, photo)
-        if scan.files == 0:
+        if scan.report.files == 0:
             raise EmptyLibrary(f"no files in {folder}; give the folder that holds the photos")
-        return scan.report(gone=writer.finish())
+        return scan.finish()
 
 
 def checked_folder(folder: Path) -> Path:
@@ -162,12 +161,12 @@ class _Scan:
         self._stamps: dict[Path, FileStamp] = {}
         self._uncropped: dict[Path, PhotoRecord] = {}
         self._started = self._saved = time.monotonic()
-        self.files = self._reused = self._read = self._refused = self._other = self._faces = 0
+        self.report = ScanReport()
 
     def to_decode(self) -> Iterator[Path]:
         """The files that have to be decoded; all others are recorded on the way."""
         for found in walk(self._root, self._skipped):
-            self.files += 1
+            self.report.files += 1
             name = found.path.relative_to(self._root)
             try:
                 needed = self._needs_decoding(found, name)
@@ -186,10 +185,10 @@ class _Scan:
             return False
         state = FileStamp.of(found.status)
         if self._writer.still_holds(name, state):
-            self._reused += 1
+            self.report.reused += 1
             known = None if self._cropper is None else self._cropper.missing(name)
             if known is None:
-                self._report(name)
+                self._advance()
                 return False
             self._uncropped[found.path] = known
             return True
@@ -200,12 +199,12 @@ class _Scan:
             case "made by fedface":
                 self._write(PhotoRecord(path=name, state=state, status="own"))
             case "other":
-                self._other += 1
+                self.report.other += 1
                 self._write(PhotoRecord(path=name, state=state, status="other"))
         return False
 
     def _refuse(self, name: Path, state: FileStamp, reason: str) -> None:
-        self._refused += 1
+        self.report.refused += 1
         self._write(PhotoRecord(path=name, state=state, status="refused", reason=reason))
 
     def record(self, path: Path, photo: Photo | PhotoError) -> None:
@@ -213,8 +212,7 @@ class _Scan:
         if (known := self._uncropped.pop(path, None)) is not None:
             if self._cropper is not None and isinstance(photo, Photo):
                 self._cropper.store(known, photo)
-            self._save()
-            self._report(known.path)
+            self._advance()
             return
         name, state = path.relative_to(self._root), self._stamps.pop(path)
         content = b""
@@ -250,39 +248,29 @@ class _Scan:
             # One broad net: a picture on which a detector fails must not end the scan of all others.
             self._refuse(name, state, f"the face detector failed on it ({type(error).__name__})")
             return
-        self._read += 1
-        self._faces += len(faces)
+        self.report.read += 1
+        self.report.faces += len(faces)
         self._writer.record(record)
         if self._cropper is not None:
             self._cropper.store(record, photo)
-        self._save()
-        self._report(name)
+        self._advance()
 
-    def report(self, *, gone: int = 0, latest: Path | None = None) -> ScanReport:
-        return ScanReport(
-            files=self.files,
-            reused=self._reused,
-            read=self._read,
-            refused=self._refused,
-            other=self._other,
-            faces=self._faces,
-            gone=gone,
-            seconds=time.monotonic() - self._started,
-            latest=latest,
-            skipped=dict(self._skipped),
-        )
+    def finish(self) -> ScanReport:
+        """The counts, after deleting the rows of files that are no longer there."""
+        self.report.gone = self._writer.finish()
+        self.report.seconds = time.monotonic() - self._started
+        self.report.skipped = dict(self._skipped)
+        return self.report
 
     def _write(self, record: PhotoRecord) -> None:
         self._writer.record(record)
-        self._save()
-        self._report(record.path)
+        self._advance()
 
-    def _save(self) -> None:
+    def _advance(self) -> None:
+        """After each file: save the index now and then, and report the progress."""
         now = time.monotonic()
         if now - self._saved > SAVE_EVERY:
             self._writer.save()
             self._saved = now
-
-    def _report(self, name: Path) -> None:
         if self._progress is not None:
-            self._progress(self.report(latest=name))
+            self._progress(self.report)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedface.photos.client_partition import ByGroup, Dirichlet, Even, GroupMixes, Partition, partition
+from fedface.photos.client_partition import ByGroup, Dirichlet, Even, Partition, partition
 
 LABELS = ["a"] * 600 + ["b"] * 300 + ["c"] * 100
 
@@ -66,28 +66,11 @@ def test_a_large_alpha_is_even_and_a_small_one_is_not() -> None:
     assert max(count["a"] for count in unequal) > 500
 
 
-def test_weights_distribute_each_group_in_the_given_proportions() -> None:
-    how = GroupMixes(weights=({"a": 1, "b": 1}, {"a": 2, "c": 3}, {"a": 3, "c": 1}))
-    counts = shares(partition(LABELS, 3, how, rng()))
-    assert counts == [Counter(a=100, b=300), Counter(a=200, c=75), Counter(a=300, c=25)]
+def test_at_least_one_device_is_needed() -> None:
+    with pytest.raises(ValueError, match="devices must be >= 1"):
+        partition(LABELS, 0, Even(), rng())
 
 
-@pytest.mark.parametrize(
-    ("how", "devices", "message"),
-    [
-        (Even(), 0, "devices must be >= 1"),
-        (GroupMixes(weights=({"a": 1.0},)), 2, "2 devices, 1 mappings"),
-        (GroupMixes(weights=({"a": 1.0, "b": 1.0},)), 1, "no device takes any of group 'c'"),
-        (GroupMixes(weights=({"a": 1.0, "x": 1.0},)), 1, "names 'x'"),
-    ],
-)
-def test_impossible_partitions_are_explained(how: Partition, devices: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        partition(LABELS, devices, how, rng())
-
-
-def test_weights_and_alpha_out_of_range_are_refused() -> None:
+def test_alpha_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="alpha must be a finite number above 0"):
         Dirichlet(alpha=0)
-    with pytest.raises(ValueError, match="weights must be finite"):
-        GroupMixes(weights=({"a": float("nan")},))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,9 @@ from png_files import write_png
 from fedface.errors import LibraryError
 from fedface.measurements import rate_interval
 from fedface.photos.detection_rates import (
-    detection_rates,
     measure_detection,
     padded,
     padded_faces,
-    pooled,
 )
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
 from fedface.photos.face_alignment import (
@@ -184,7 +181,7 @@ def test_the_two_detectors_agree_where_eyes_and_mouth_are(
 def test_the_network_finds_a_face_that_the_cheap_detector_misses(
     default: EmbeddedDetector, shared: Path
 ) -> None:
-    faces = padded_faces(shared / "data" / "faces" / "fairface_eval128", label="race", per_group=3)
+    faces = padded_faces(shared / "data" / "faces" / "fairface_eval128", ["race"], per_group=3)
     missed = next(pixels for _, pixels in faces if not HogDetector().find(pixels))
     assert default.find(missed)
 
@@ -230,12 +227,6 @@ class FindsDark:
         return [Face((0, 0, 9, 9), UPRIGHT, 1.0)] if pixels.mean() < 110 else []
 
 
-def shades() -> Iterator[tuple[str, np.ndarray]]:
-    for group, shade, count in (("a", 0, 3), ("b", 200, 2), ("b", 50, 2)):
-        for _ in range(count):
-            yield group, np.full((8, 8, 3), shade, dtype=np.uint8)
-
-
 def test_each_label_is_counted_over_the_same_balanced_photos(tmp_path: Path) -> None:
     """Three dark and one light photo, balanced to one of each pair of labels."""
     header = ",".join(["file", "race", "gender", *COORDINATES])
@@ -248,14 +239,6 @@ def test_each_label_is_counted_over_the_same_balanced_photos(tmp_path: Path) -> 
     rates = measure_detection(tmp_path / "s", FindsDark(), per_cell=1)
     counts = [(rate.group, rate.found, rate.count) for rate in rates]
     assert counts == [("a", 2, 2), ("b", 0, 1), ("f", 1, 2), ("m", 1, 1), ("all", 2, 3)]
-
-
-def test_detection_rates_are_counted_by_group() -> None:
-    rates = detection_rates(shades(), FindsDark())
-    counts = [(rate.group, rate.found, rate.count) for rate in rates]
-    assert counts == [("a", 3, 3), ("b", 2, 4), ("all", 5, 7)]
-    (both,) = pooled(rates, lambda _: "both")
-    assert (both.found, both.count) == (5, 7)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ from fedface.photos.image_io import (
     classify_file,
     png_bytes,
     read_photo,
-    sheet,
     sniff,
 )
 from fedface.photos.sandboxed_decoder import Limits, SandboxedDecoder
@@ -356,12 +355,6 @@ def test_a_pixel_survives_a_png(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     write_png(tmp_path / "a.png", pixels)
     assert np.array_equal(read_photo(tmp_path / "a.png").pixels, pixels)
-
-
-def test_a_sheet_lays_pictures_out_in_rows() -> None:
-    page = sheet([np.full((2, 3, 3), shade, dtype=np.uint8) for shade in (0, 10, 20)], 2, gap=1)
-    assert page.shape == (5, 7, 3)
-    assert [page[0, 0, 0], page[0, 4, 0], page[3, 0, 0], page[3, 4, 0]] == [0, 10, 20, 255]
 
 
 def test_formats_are_detected_by_their_first_bytes() -> None:

@@ -109,13 +109,6 @@ def test_a_selection_keeps_images_groups_and_files_together(tmp_path: Path) -> N
     assert torch.equal(part.images, probe.images[[2, 0]]) and part.missed == probe.missed
 
 
-def test_another_label_regroups_the_same_faces(tmp_path: Path) -> None:
-    probe = read_face_folder(make_set(tmp_path, "s", ROWS, packed=False), size=16).by("gender")
-    assert probe.groups == ("Female",) * 3 and probe.missed == {"unknown": 1}
-    with pytest.raises(LibraryError, match="no.* label 'mood'|every face"):
-        probe.by("mood")
-
-
 def test_errors_in_a_set_are_reported(tmp_path: Path) -> None:
     good = make_set(tmp_path, "s", ROWS, packed=False)
     with pytest.raises(LibraryError, match="'mood'.*gender, race"):
