@@ -29,14 +29,9 @@ from fedface.privacy.hash_chain import utc_now
 from fedface.privacy.ledger import LedgerSnapshot
 from fedface.privacy.ledger_records import RecordedRun
 from fedface.reports import device_log_text
-from fedface.reports.device_log import (
-    BudgetStatus,
-    make_log,
-    page_environment,
-    page_style,
-    style_hash,
-)
+from fedface.reports.device_log import BudgetStatus, make_log, page_style, style_hash
 from fedface.reports.device_log_text import moment
+from fedface.reports.templates import html_template
 from fedface.web.local_only_middleware import HEADERS, refusal
 
 TEMPLATE = Path(__file__).with_name("device_web.html")
@@ -189,41 +184,33 @@ def page(state: DeviceState, device: Path, runs: AdmittedRuns) -> str:
         plans = runs.read((admitted_hashes(state), config, begun))
     style = page_style() + STYLE.read_text(encoding="utf-8")
     reading = config.operator is not None and plans is None
-    return (
-        page_environment()
-        .from_string(TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            style=style,
-            style_hash=style_hash(style),
-            again=READING_SECONDS if reading else AGAIN_SECONDS,
-            created=moment(now.isoformat()),
-            device=device,
-            state=read_working_state(state),
-            accessible=is_accessible_to_others(config.state),
-            problem=problem,
-            log=log,
-            most=MOST,
-            budgets=[] if log is None else [_budget(each, config.policy.allow_no_dp) for each in log.budgets],
-            kinds=[] if log is None else device_log_text.kinds(log.transmissions),
-            not_covered=[] if log is None else device_log_text.not_covered(log.without_noise),
-            planned=config.operator is not None,
-            plans=plans,
-        )
+    return html_template(TEMPLATE.read_text(encoding="utf-8")).render(
+        style=style,
+        style_hash=style_hash(style),
+        again=READING_SECONDS if reading else AGAIN_SECONDS,
+        created=moment(now.isoformat()),
+        device=device,
+        state=read_working_state(state),
+        accessible=is_accessible_to_others(config.state),
+        problem=problem,
+        log=log,
+        most=MOST,
+        budgets=[] if log is None else [_budget(each, config.policy.allow_no_dp) for each in log.budgets],
+        kinds=[] if log is None else device_log_text.kinds(log.transmissions),
+        not_covered=[] if log is None else device_log_text.not_covered(log.without_noise),
+        planned=config.operator is not None,
+        plans=plans,
     )
 
 
 def error_page(error: Exception) -> str:
     """The page of a device that cannot be read."""
     style = page_style()
-    return (
-        page_environment()
-        .from_string(
-            '<!doctype html><html lang="en"><meta charset="utf-8"><title>fedface</title><meta name="viewport" '
-            'content="width=device-width, initial-scale=1"><style>{{ style | safe }}</style><main><h1>This device '
-            'cannot be read</h1><p class="summary">{{ error }}</p></main>'
-        )
-        .render(style=style, error=str(error))
-    )
+    return html_template(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>fedface</title><meta name="viewport" '
+        'content="width=device-width, initial-scale=1"><style>{{ style | safe }}</style><main><h1>This device '
+        'cannot be read</h1><p class="summary">{{ error }}</p></main>'
+    ).render(style=style, error=str(error))
 
 
 def _budget(status: BudgetStatus, no_dp_allowed: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from fedface.photos.skin_tone import measure_tone
 from fedface.public_data.probe import PublicProbe
 from fedface.randomness import Streams
 from fedface.reports import method_report
+from fedface.reports.charts import face_grid
 from fedface.reports.method_report import BenchmarkRecord, MethodMetrics
 from fedface.reports.run_record import MachineRecord, installed_versions
 from fedface.upsampling.degradation import Degradation, format_degradation
@@ -92,7 +93,7 @@ def benchmark_methods(
         methods=tuple(found),
     )
     pictures = {
-        "faces": method_report.faces(rows, [probe.groups[i] for i in chosen]),
+        "faces": face_grid(rows, [probe.groups[i] for i in chosen], side=96),
         "by-group": method_report.by_group(record),
     }
     return record, pictures

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -54,49 +53,23 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line or one set of dots with its intervals; all tuples are of one length."""
-
-    label: str
-    color: str
-    at: tuple[float, ...]
-    estimate: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-
-    @staticmethod
-    def of(points: Sequence[tuple[float, Interval]], *, label: str, color: str) -> Series:
-        """A series of intervals at positions."""
-        return Series(
-            label=label,
-            color=color,
-            at=tuple(at for at, _ in points),
-            estimate=tuple(value.estimate for _, value in points),
-            low=tuple(value.low for _, value in points),
-            high=tuple(value.high for _, value in points),
-        )
-
-    def __post_init__(self) -> None:
-        lengths = {len(self.at), len(self.estimate), len(self.low), len(self.high)}
-        if len(lengths) != 1:
-            raise ValueError(f"at, estimate, low and high must be of one length, got {sorted(lengths)}")
+Points = Sequence[tuple[float, Interval]]  # at a position, such as a round or the index of a group
 
 
-def curve(series: Sequence[Series], *, limit: float | None = None, from_zero: bool) -> bytes:
-    """One metric by round, with bands of 95 % intervals; SVG.
+def curve(points: Points, *, limit: float | None = None, from_zero: bool) -> bytes:
+    """One metric by round, with a band of 95 % intervals; SVG.
 
     Args:
-        series: `Series.at` holds rounds; round 0 is before the run.
+        points: At rounds; round 0 is before the run.
         limit: Where to draw a dashed line, such as at the guaranteed epsilon; None for no line.
         from_zero: Whether zero belongs on the axis.
     """
+    rounds, estimates, low, high = _columns(points)
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(3.5, 2.2), layout="constrained")
         axes = canvas.subplots()
-        for line in series:
-            axes.fill_between(line.at, line.low, line.high, color=line.color, alpha=0.2, linewidth=0)
-            axes.plot(line.at, line.estimate, color=line.color, linewidth=1.8, marker="o", markersize=3.2)
+        axes.fill_between(rounds, low, high, color=AFTER, alpha=0.2, linewidth=0)
+        axes.plot(rounds, estimates, color=AFTER, linewidth=1.8, marker="o", markersize=3.2)
         if limit is not None:
             axes.axhline(limit, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_xlabel("round")
@@ -106,6 +79,13 @@ def curve(series: Sequence[Series], *, limit: float | None = None, from_zero: bo
             axes.set_ylim(bottom=0.0)
         axes.grid(axis="x", visible=False)
         return _svg(canvas)
+
+
+def _columns(points: Points) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Positions, estimates, lower and upper ends."""
+    values = [value for _, value in points]
+    ends = [value.low for value in values], [value.high for value in values]
+    return [at for at, _ in points], [value.estimate for value in values], *ends
 
 
 def tone_bars(groups: Sequence[str], bars: Sequence[tuple[str, Sequence[float]]]) -> bytes:
@@ -129,22 +109,23 @@ def tone_bars(groups: Sequence[str], bars: Sequence[tuple[str, Sequence[float]]]
         return _svg(canvas)
 
 
-def group_dots(groups: Sequence[str], series: Sequence[Series], *, unit: str) -> bytes:
+def group_dots(groups: Sequence[str], series: Sequence[tuple[str, Points]], *, unit: str) -> bytes:
     """One metric per group as dots with whiskers, before above after; SVG.
 
     Args:
         groups: Names, from top to bottom.
-        series: `Series.at` holds the index of the group.
+        series: (colour, points at indices of groups) per source.
         unit: What the x axis counts.
     """
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(3.5, 0.75 + 0.36 * len(groups)), layout="constrained")
         axes = canvas.subplots()
-        for index, line in enumerate(series):
-            height = np.asarray(line.at) + (index - (len(series) - 1) / 2) * 0.32
-            axes.hlines(height, line.low, line.high, color=line.color, linewidth=1.8, alpha=0.6)
-            axes.plot(line.estimate, height, "o", color=line.color, markersize=5.5)
-        ends = [end for line in series for end in (*line.low, *line.high)]
+        for index, (color, points) in enumerate(series):
+            at, estimates, low, high = _columns(points)
+            height = np.asarray(at) + (index - (len(series) - 1) / 2) * 0.32
+            axes.hlines(height, low, high, color=color, linewidth=1.8, alpha=0.6)
+            axes.plot(estimates, height, "o", color=color, markersize=5.5)
+        ends = [end for _, points in series for _, value in points for end in (value.low, value.high)]
         if ends and min(ends) < 0 < max(ends):
             axes.axvline(0.0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(groups)), [_short(group, 18) for group in groups])
@@ -201,7 +182,7 @@ def attack_grid(truth: Images, recovered: Sequence[tuple[str, Images]], guess: I
     return face_grid(rows, [f"photo {index + 1}" for index in range(len(truth))])
 
 
-def _short(text: str, limit: int = 26) -> str:
+def _short(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -232,14 +213,12 @@ def figure_png(canvas: Canvas, software: str = SOFTWARE) -> bytes:
     return target.getvalue()
 
 
-def error_bars(
-    axes: Axes, points: Sequence[tuple[float, Interval]], index: int, label: str, *, linewidth: float = 0.0
-) -> None:
+def error_bars(axes: Axes, points: Points, index: int, label: str, *, linewidth: float = 0.0) -> None:
     """Estimates with their intervals at positions, in the colour and with the marker of the `index`-th series."""
-    below = [max(0.0, value.estimate - value.low) for _, value in points]
-    above = [max(0.0, value.high - value.estimate) for _, value in points]
+    at, estimates, low, high = _columns(points)
+    below, above = np.subtract(estimates, low).clip(min=0), np.subtract(high, estimates).clip(min=0)
     axes.errorbar(
-        [at for at, _ in points], [value.estimate for _, value in points], yerr=[below, above], label=label,
+        at, estimates, yerr=[below, above], label=label,
         color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], markersize=4.5,
         linewidth=linewidth, elinewidth=1.0, capsize=2,
     )  # fmt: skip

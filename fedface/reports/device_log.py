@@ -9,14 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from fedface import number_format
 from fedface.measurements import Epsilon
@@ -28,10 +25,10 @@ from fedface.privacy.spending import price_of, spending_curve, spent_against
 from fedface.privacy_units import describe_unit
 from fedface.reports import device_log_text
 from fedface.reports.device_log_text import moment
+from fedface.reports.templates import html_template
 
 TEMPLATE = Path(__file__).with_name("device_log.html")
 PAGE_MARK = '<meta name="generator" content="fedface device log">'  # in every page
-MINUS = "\N{MINUS SIGN}"  # no line break after it
 WIDE, HIGH = 344.0, 120.0  # size of the plot, in units of the page's SVG
 
 
@@ -221,41 +218,24 @@ def make_log(
 def render(log: DeviceLog) -> str:
     """The page as HTML text; takes about a second for each point of its curves."""
     life = log.budgets[0]
-    return (
-        page_environment()
-        .from_string(TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            log=log,
-            mark=PAGE_MARK,
-            style_hash=style_hash(page_style()),
-            created=moment(log.now.isoformat()),
-            life=life,
-            unbounded=math.inf,
-            charts=[_chart(log.history, budget, log.now) for budget in log.budgets] if log.history else [],
-            days=[each.when()[0] for each in log.records if isinstance(each.record, Transmission)],
-            unit=describe_unit(life.spent.unit),
-            sure=number_format.percent(1 / (1 + math.exp(-life.spent.upper))),
-            one_in=number_format.one_in(life.spent.delta),
-            kinds=device_log_text.kinds(log.transmissions),
-            what_left=device_log_text.what_left(log.transmissions, log.device),
-            never_left=device_log_text.never_left(log.transmissions, log.without_noise),
-            not_covered=device_log_text.not_covered(log.without_noise),
-            withdrawals={run: moment(when) for run, when in log.withdrawn.items()},
-        )
+    return html_template(TEMPLATE.read_text(encoding="utf-8")).render(
+        log=log,
+        mark=PAGE_MARK,
+        style_hash=style_hash(page_style()),
+        created=moment(log.now.isoformat()),
+        life=life,
+        unbounded=math.inf,
+        charts=[_chart(log.history, budget, log.now) for budget in log.budgets] if log.history else [],
+        days=[each.when()[0] for each in log.records if isinstance(each.record, Transmission)],
+        unit=describe_unit(life.spent.unit),
+        sure=number_format.percent(1 / (1 + math.exp(-life.spent.upper))),
+        one_in=number_format.one_in(life.spent.delta),
+        kinds=device_log_text.kinds(log.transmissions),
+        what_left=device_log_text.what_left(log.transmissions, log.device),
+        never_left=device_log_text.never_left(log.transmissions, log.without_noise),
+        not_covered=device_log_text.not_covered(log.without_noise),
+        withdrawals={run: moment(when) for run, when in log.withdrawn.items()},
     )
-
-
-def page_environment() -> Environment:
-    """For templates of an owner's pages."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        size=number_format.size,
-        shown=number_format.format_epsilon,
-        whole=lambda text: re.sub(r"(?<=\de)-(?=\d)", MINUS, text),
-    )
-    return environment
 
 
 def page_style() -> str:

@@ -57,33 +57,17 @@ def metric_charts(record: RunRecord) -> list[tuple[str, bytes]]:
         (
             title(metric),
             charts.group_dots(
-                groups, [_series(one, groups, metric) for one in record.device_metrics], unit=unit(metric)
+                groups, [_dots(one, groups, metric) for one in record.device_metrics], unit=unit(metric)
             ),
         )
         for metric in DP_METRICS
     ]
 
 
-def _series(record: DeviceMetricsRecord, groups: Sequence[str], metric: str) -> charts.Series:
-    known = [
-        (float(groups.index(name)), group.estimate(metric))
-        for name, group in record.estimates.reported.items()
-    ]
-    return charts.Series.of(known, label=record.when, color=COLORS.get(record.when, charts.INK))
-
-
-def rows(records: Sequence[DeviceMetricsRecord]) -> list[dict[str, object]]:
-    """Rows of a table: for each group and model, how many units and each metric with its interval."""
-    absent = NotMeasured(not_measured="not evaluated")
-    table: list[dict[str, object]] = []
-    for name in group_names(records):
-        lines = []
-        for record in records:
-            group = groups_of(record).get(name, absent)
-            reason = f"suppressed: {group.not_measured}" if isinstance(group, NotMeasured) else ""
-            lines.append({"label": record.when, "cells": cells(group), "suppressed": reason})
-        table.append({"group": name, "lines": lines})
-    return table
+def _dots(record: DeviceMetricsRecord, groups: Sequence[str], metric: str) -> tuple[str, charts.Points]:
+    known = record.estimates.reported.items()
+    points = [(float(groups.index(name)), group.estimate(metric)) for name, group in known]
+    return COLORS.get(record.when, charts.INK), points
 
 
 def cells(group: Group) -> list[tuple[str, str]]:

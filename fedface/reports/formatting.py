@@ -44,6 +44,11 @@ def unit_of(metric: str) -> str:
     return METRICS[metric].unit.strip()
 
 
+def title_and_unit(metric: str) -> str:
+    """The title of a bias metric, and its unit in brackets where it has one."""
+    return f"{title_of(metric)} ({unit_of(metric)})" if unit_of(metric) else title_of(metric)
+
+
 def with_unit(text: str, metric: str) -> str:
     """A number and the unit of its metric, where it has one."""
     return f"{text} {unit_of(metric)}".rstrip()

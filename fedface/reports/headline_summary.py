@@ -1,4 +1,4 @@
-"""The headline summary of a report: which groups a run serves worse or better, by how much, and its privacy loss.
+"""The head of a report: a summary of which groups a run serves worse or better and its privacy loss, and a few numbers.
 
 A change is stated as one only where two intervals do not overlap.
 """
@@ -11,10 +11,11 @@ from typing import Literal
 
 from fedface import number_format
 from fedface.audits.bias import METRICS
+from fedface.audits.gradient_inversion import NoDefense
 from fedface.audits.group_metrics import Gap
-from fedface.measurements import Interval, NotMeasured
-from fedface.privacy.privacy_target import PrivacyTarget
-from fedface.reports import formatting
+from fedface.measurements import Epsilon, Interval, NotMeasured
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
+from fedface.reports import disclosures, formatting
 from fedface.reports.run_record import BiasRecord, RunRecord
 
 LEADING = ("skin_difference", "same_half", "same_tone_bin", "monk_shift", "ita_shift", "consistency_error")
@@ -30,6 +31,46 @@ def headline_summary(record: RunRecord) -> list[str]:
         *_quality_answer(record),
         _cost_answer(record),
     ]
+
+
+def headline_numbers(record: RunRecord) -> list[dict[str, str]]:
+    """Each with a value and the text below it; what was not measured is left out."""
+    shown = []
+    cost = formatting.spent(record)
+    if isinstance(cost, Epsilon):
+        text = f"epsilon at most, at delta {number_format.format_delta(cost.delta)}, per {cost.unit}"
+        shown.append({"value": number_format.rounded_up(cost.upper), "text": text})
+    else:
+        shown.append({"value": "no bound", "text": "on the privacy loss"})
+    if (change := service_change(record)) is not None:
+        text = f"served {change.verdict}: {formatting.title_of(change.metric)} {change.change}"
+        shown.append({"value": change.groups, "text": formatting.with_unit(text, change.metric)})
+    leading = leading_gap(record)
+    if not isinstance(leading, NotMeasured):
+        metric, before, after = leading
+        gaps = [size_of(gap) for gap in (before, after)]
+        was, now = (number_format.number(gap.estimate) for gap in gaps)
+        title = ", ".join(part for part in (formatting.title_of(metric), formatting.unit_of(metric)) if part)
+        shown.append(
+            {"value": f"{was} → {now}", "text": f"gap between groups, {title}; {formatting.intervals(*gaps)}"}
+        )
+    updates = sum(len(entry.participants) for entry in record.rounds)
+    if updates:
+        sent = sum(entry.bytes_up for entry in record.rounds)
+        shown.append({"value": number_format.size(sent / updates), "text": "sent by one device in one round"})
+    attacks = disclosures.applicable_attacks(record)
+    if isinstance(record.plan.privacy, NoPrivacy):  # a defense that the run did not use has no place here
+        attacks = tuple(attack for attack in attacks if isinstance(attack.scores.defense, NoDefense))
+    if attacks:
+        value = " → ".join(number_format.percent(attack.identification.rate.estimate) for attack in attacks)
+        defenses = " → ".join(formatting.defense_label(attack.scores.defense) for attack in attacks)
+        rates = [attack.identification.rate for attack in attacks]
+        spans = " → ".join(formatting.rate_interval(rate) for rate in rates)
+        among = f"of steps reveal which of {attacks[0].identification.candidates} photos they surely hold"
+        bounds = " → ".join(number_format.percent(attack.identification.bound) for attack in attacks)
+        text = f"{among}: {defenses}; {spans}, n = {rates[0].count}; at most {bounds} for any attack"
+        shown.append({"value": value, "text": text})
+    return shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedface import number_format
@@ -33,8 +33,8 @@ from fedface.reports import (
     headline_summary,
     model_card,
 )
-from fedface.reports.headline_numbers import headline_numbers
-from fedface.reports.run_record import AttackRecord, BiasRecord, RunRecord
+from fedface.reports.run_record import BiasRecord, RunRecord
+from fedface.reports.templates import html_template
 
 FILE = "report.html"
 SO_FAR = "report-so-far.html"  # of a run that is not finished
@@ -76,52 +76,39 @@ def render(record: RunRecord, folder: Path, *, so_far: str = "") -> str:
         folder: Contains the record's pictures; a missing one is named on the page.
         so_far: Of a run that is not finished: how far it is.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        number=number_format.number,
-        constant=number_format.constant,
-        delta=number_format.format_delta,
-        size=number_format.size,
-        seconds=number_format.seconds,
-        percent=number_format.percent,
-        counted=number_format.counted,
-    )
-    cost, dp = formatting.spent(record), record.plan.dp_parameters
-    attacks, ceilings = disclosures.applicable_attacks(record), []
+    attacks = disclosures.applicable_attacks(record)
+    ceilings = []
     if attacks and record.plan.dp_parameters.is_private:
         ceilings = [formatting.ceilings_sentence(record.plan, attacks[0].identification.candidates)]
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    attack_note = disclosures.attack_note(record)
+    return html_template(TEMPLATE.read_text(encoding="utf-8")).render(
         record=record,
         so_far=so_far,
         summary=headline_summary.headline_summary(record),
         when=_when(record),
-        tiles=headline_numbers(record),
+        tiles=headline_summary.headline_numbers(record),
         plan=record.plan,
-        dp=dp,
+        dp=record.plan.dp_parameters,
         is_private=isinstance(record.plan.privacy, PrivacyTarget),
-        guarantee=formatting.privacy_guarantee(record.plan),
-        adjacency=formatting.adjacency(dp),
+        formatting=formatting,
+        disclosures=disclosures,
+        device_metrics_section=device_metrics_section,
+        spent=formatting.spent(record),
         covers=describe_unit(record.plan.dp_parameters.unit),
-        meaning=formatting.meaning(cost, dp) if isinstance(cost, Epsilon) else "",
-        spent=str(cost),
         turnout=_turnout(record),
         refusals=_refusals(record),
         curves=_curves(record),
-        withdrawal=disclosures.withdrawal_notes(record),
         hash_note=disclosures.hash_note(record),
-        device_metrics=_device_metrics(record),
+        device_charts=_device_charts(record),
+        device_metric_names=list(DP_METRICS),
+        units=PLURALS[record.plan.dp_parameters.unit],
         holdout=_holdout(record),
-        faces=_pictures(record, folder, "faces"),
-        more=_pictures(record, folder, "more"),
-        attack_pictures=_pictures(record, folder, "attacks"),
+        pictures={section: _pictures(record, folder, section) for section in ("faces", "attacks", "more")},
         bias=_bias(record),
         tones=_tones(record),
-        attacks=_attacks(attacks),
+        attacks=attacks,
         attack_sentences=[
-            *([note] if (note := disclosures.attack_note(record)) else []),
+            *([attack_note] if attack_note else []),
             *(
                 formatting.identification_sentence(attack.identification, attack.scores.defense)
                 for attack in attacks
@@ -181,19 +168,10 @@ def _when(record: RunRecord) -> str:
     return f"{started.day} {started:%B %Y, %H:%M} UTC, {number_format.seconds(max(lasted, 0.0))}"
 
 
-def _turnout(record: RunRecord) -> list[dict[str, str]]:
-    total = len(record.rounds)
-    rows = []
-    for device in record.devices:
-        rounds = sum(device.id in entry.participants for entry in record.rounds)
-        match device.photos:
-            case int():
-                photos = f"{device.photos:,}"
-            case NotMeasured(not_measured=reason):
-                photos = f"not known: {reason}"
-        turnout = f"{rounds} of {total}"
-        rows.append({"id": device.id, "text": device.description, "photos": photos, "rounds": turnout})
-    return rows
+def _turnout(record: RunRecord) -> dict[str, int]:
+    """In how many rounds each device took part."""
+    counts = Counter(device for entry in record.rounds for device in entry.participants)
+    return {device.id: counts[device.id] for device in record.devices}
 
 
 def _refusals(record: RunRecord) -> list[str]:
@@ -222,14 +200,13 @@ def _curves(record: RunRecord) -> list[dict[str, Markup | str]]:
         points = [(0.0, record.metrics_before.get(name, missing))]
         points += [(float(entry.round), entry.metrics.get(name, missing)) for entry in record.rounds]
         known = [(at, value) for at, value in points if isinstance(value, Interval)]
-        line = charts.Series.of(known, label=title, color=charts.AFTER)
-        if not line.at:
+        if not known:
             reasons = [value.not_measured for _, value in points if isinstance(value, NotMeasured)]
             panels.append({"title": title, "unit": unit, "svg": f"not measured: {reasons[-1]}"})
             continue
-        first, last = number_format.number(line.estimate[0]), number_format.number(line.estimate[-1])
+        first, last = (number_format.number(known[end][1].estimate) for end in (0, -1))
         alt = f"{title} by round: from {first} to {last}"
-        svg = themed(charts.curve([line], from_zero=from_zero), f"curve{index}", alt)
+        svg = themed(charts.curve(known, from_zero=from_zero), f"curve{index}", alt)
         counts = ", ".join(str(count) for count in dict.fromkeys(value.count for _, value in known))
         panels.append({"title": title, "unit": "; ".join(filter(None, (unit, f"n = {counts}"))), "svg": svg})
     panels.append(_epsilon_curve(record))
@@ -241,14 +218,8 @@ def _epsilon_curve(record: RunRecord) -> dict[str, Markup | str]:
     known = [(entry.round, entry.epsilon) for entry in record.rounds if isinstance(entry.epsilon, Epsilon)]
     if not known:
         return {"title": title, "unit": "", "svg": str(formatting.spent(record))}
-    line = charts.Series(
-        label=title,
-        color=charts.AFTER,
-        at=(0.0, *(float(at) for at, _ in known)),
-        estimate=(0.0, *(value.estimate for _, value in known)),
-        low=(0.0, *(value.lower for _, value in known)),
-        high=(0.0, *(value.upper for _, value in known)),
-    )
+    points = [(0.0, Interval(0.0, 0.0, 0.0, 1))]
+    points += [(float(at), Interval(e.estimate, e.lower, e.upper, 1)) for at, e in known]
     target = record.plan.privacy
     limit = target.epsilon if isinstance(target, PrivacyTarget) else None
     last = known[-1][1]
@@ -256,7 +227,7 @@ def _epsilon_curve(record: RunRecord) -> dict[str, Markup | str]:
     unit = f"epsilon at delta {number_format.format_delta(last.delta)} per {last.unit}"
     if limit is not None:
         unit += "; dashed: the guarantee"
-    svg = themed(charts.curve([line], limit=limit, from_zero=True), "epsilon", alt)
+    svg = themed(charts.curve(points, limit=limit, from_zero=True), "epsilon", alt)
     return {"title": title, "unit": unit, "svg": svg}
 
 
@@ -276,92 +247,36 @@ def _pictures(record: RunRecord, folder: Path, section: str) -> list[dict[str, s
 
 
 def _bias(record: RunRecord) -> dict[str, object]:
-    audits = [
-        (label, audit, color)
-        for label, audit, color in (
-            ("before", record.bias_before, charts.BEFORE),
-            ("after", record.bias_after, charts.AFTER),
-        )
-        if isinstance(audit, BiasRecord)
-    ]
-    missing = [
-        f"{label}: not measured: {audit.not_measured}"
-        for label, audit in (("Before", record.bias_before), ("After", record.bias_after))
-        if isinstance(audit, NotMeasured)
-    ]
-    if not audits:
-        return {"audits": [], "missing": missing}
-    beside = [(title, audit, charts.INK) for title, audit in record.reference.items()]
-    groups = list(dict.fromkeys(name for _, audit, _ in audits for name in audit.report.counts))
-    rest = [name for name in METRICS if name not in SHOWN]
+    kinds = {"before": record.bias_before, "after": record.bias_after}
+    audits = {label: audit for label, audit in kinds.items() if isinstance(audit, BiasRecord)}
+    missing = {label: audit for label, audit in kinds.items() if isinstance(audit, NotMeasured)}
+    groups = list(dict.fromkeys(name for audit in audits.values() for name in audit.report.counts))
+    main, rest = (SHOWN, [name for name in METRICS if name not in SHOWN]) if audits else ((), [])
     return {
-        "audits": [{"label": label, "audit": audit} for label, audit, _ in audits],
+        "audits": audits,
         "missing": missing,
-        "charts": [_dots(audits, groups, name, f"dots{index}") for index, name in enumerate(SHOWN)],
+        "groups": groups,
+        "charts": [_dots(audits, groups, name, f"dots{index}") for index, name in enumerate(main)],
         "other_charts": [_dots(audits, groups, name, f"more{index}") for index, name in enumerate(rest)],
-        "main": _bias_table([*audits, *beside], groups, SHOWN[:3]),
-        "full": _bias_table([*audits, *beside], groups, tuple(METRICS)),
-        "beside": list(record.reference),
-        "gaps": [
-            {"label": label, "text": formatting.gap_sentence(gap, name)}
-            for label, audit, _ in audits
-            for name, gap in audit.report.gaps.items()
-        ],
+        "compared": {**audits, **record.reference},
+        "main_metrics": SHOWN[:3],
+        "all_metrics": list(METRICS),
+        "colors": TONE_COLORS,
     }
 
 
 def _dots(
-    audits: Sequence[tuple[str, BiasRecord, str]], groups: Sequence[str], metric: str, name: str
+    audits: Mapping[str, BiasRecord], groups: Sequence[str], metric: str, name: str
 ) -> dict[str, Markup | str]:
-    series = [
-        charts.Series.of(
-            [(float(groups.index(group)), found[metric]) for group, found in audit.report.groups.items()],
-            label=label,
-            color=color,
+    series = []
+    for label, audit in audits.items():
+        found = audit.report.groups.items()
+        series.append(
+            (SOURCE_COLORS[label], [(float(groups.index(group)), values[metric]) for group, values in found])
         )
-        for label, audit, color in audits
-    ]
     title = formatting.title_of(metric)
     chart = charts.group_dots(groups, series, unit=formatting.unit_of(metric))
     return {"title": title, "svg": themed(chart, name, f"{title} by group")}
-
-
-def _bias_table(
-    audits: Sequence[tuple[str, BiasRecord, str]], groups: Sequence[str], metrics: Sequence[str]
-) -> dict[str, object]:
-    absent = ("not measured", "too few photos of this group")
-    rows = []
-    for name in groups:
-        lines = []
-        for label, audit, _ in audits:
-            found = audit.report.groups.get(name)
-            cells = [found[metric].texts() if found else absent for metric in metrics]
-            lines.append({"label": label, "count": audit.report.counts.get(name, 0), "cells": cells})
-        rows.append({"group": name, "color": TONE_COLORS.get(name, ""), "lines": lines})
-    heads = [(formatting.title_of(name), formatting.unit_of(name)) for name in metrics]
-    return {"heads": heads, "rows": rows}
-
-
-def _attacks(attacks: Sequence[AttackRecord]) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for attack in attacks:
-        scores, found = attack.scores, attack.identification
-        values = (scores.psnr, scores.baseline_psnr, scores.ssim, scores.baseline_ssim, found.rate)
-        rows.append(
-            {
-                "defense": formatting.defense_label(scores.defense),
-                "cells": [_with_count(value) for value in values],
-                "bound": f"{number_format.percent(1 / found.candidates)} · {number_format.percent(found.bound)}",
-                "description": formatting.attack_description(attack),
-                "weights": attack.weights_hash[:12],
-            }
-        )
-    return rows
-
-
-def _with_count(value: Interval) -> tuple[str, str]:
-    estimate, ends = value.texts()
-    return estimate, f"{ends}, n{number_format.SPACE}={number_format.SPACE}{value.count:,}"
 
 
 def _holdout(record: RunRecord) -> str:
@@ -378,21 +293,11 @@ def _holdout(record: RunRecord) -> str:
     )
 
 
-def _device_metrics(record: RunRecord) -> dict[str, object]:
-    return {
-        "sentences": device_metrics_section.sentences(record),
-        "units": PLURALS[record.plan.dp_parameters.unit],
-        "costs": [device_metrics_section.cost_sentence(one) for one in record.device_metrics],
-        "heads": [
-            (device_metrics_section.title(name), device_metrics_section.unit(name)) for name in DP_METRICS
-        ],
-        "rows": device_metrics_section.rows(record.device_metrics) if record.device_metrics else [],
-        "method": record.device_metrics[-1].method if record.device_metrics else "",
-        "charts": [
-            {"title": title, "svg": themed(svg, f"own{index}", f"{title} by group, on the devices' photos")}
-            for index, (title, svg) in enumerate(device_metrics_section.metric_charts(record))
-        ],
-    }
+def _device_charts(record: RunRecord) -> list[dict[str, Markup | str]]:
+    return [
+        {"title": title, "svg": themed(svg, f"own{index}", f"{title} by group, on the devices' photos")}
+        for index, (title, svg) in enumerate(device_metrics_section.metric_charts(record))
+    ]
 
 
 def _tones(record: RunRecord) -> dict[str, object]:

@@ -13,9 +13,10 @@ def plain(text: str) -> str:
     return SPECIAL.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table; cells are not escaped."""
-    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+    first = list(heads)
+    return [f"| {' | '.join(row)} |" for row in (first, ["---"] * len(first), *rows)]
 
 
 def code_block(text: str) -> list[str]:

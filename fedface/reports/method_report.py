@@ -6,7 +6,7 @@ Each metric carries its count and interval; each method the hash of the weights 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from fedface.atomic_io import replace_bytes, replace_text
 from fedface.codec import dumps
 from fedface.measurements import Interval, Measurement, NotMeasured
 from fedface.reports import formatting
-from fedface.reports.charts import INK, STYLE, error_bars, face_grid, figure_png, legend_below
+from fedface.reports.charts import INK, STYLE, error_bars, figure_png, legend_below
 from fedface.reports.markdown import table
 from fedface.reports.run_record import BiasRecord, MachineRecord
-from fedface.tensor_types import Images
 
 FILE = "benchmark.json"
 OVERALL = (
@@ -153,8 +152,3 @@ def _by_group(each: MethodMetrics, metric: str) -> dict[str, Measurement]:
     absent = NotMeasured(not_measured="fewer than two faces of this group")
     report = each.bias.report
     return {name: report.groups[name][metric] if name in report.groups else absent for name in report.counts}
-
-
-def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:
-    """Originals, inputs, and one face of each method, one person per column; PNG."""
-    return face_grid(rows, groups, side=96)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from skimage.io import imread
 
+from fedface.measurements import Interval
 from fedface.reports import charts
-from fedface.reports.charts import Series
 
 
 def test_a_face_grid_repeats_pixels_and_keeps_their_colour() -> None:
@@ -29,14 +29,9 @@ def test_rows_and_columns_that_do_not_match_are_refused() -> None:
         charts.face_grid([("row", torch.zeros(2, 3, 8, 8))], ["a", "b", "c"])
 
 
-def test_series_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="one length"):
-        Series(label="", color="#000000", at=(1.0,), estimate=(), low=(), high=())
-
-
 def test_a_group_name_with_dollars_and_angles_stays_text() -> None:
-    line = Series(label="x", color=charts.AFTER, at=(0.0,), estimate=(1.0,), low=(0.5,), high=(1.5,))
-    svg = charts.group_dots(["$a_{b}$ <i>"], [line], unit="steps").decode()
+    points = [(0.0, Interval(estimate=1.0, low=0.5, high=1.5, count=1))]
+    svg = charts.group_dots(["$a_{b}$ <i>"], [(charts.AFTER, points)], unit="steps").decode()
     assert "$a_{b}$ &lt;i&gt;" in svg
 
 

@@ -53,7 +53,7 @@ def test_groups_are_ordered_light_to_dark_whether_reported_or_not() -> None:
     record = own_metrics("after", 1.0, (300, 5, 60))
     assert list(record.estimates.groups) == GROUPS
     assert list(device_metrics_section.groups_of(record)) == [*GROUPS, "all"]
-    assert [row["group"] for row in device_metrics_section.rows([record])] == [*GROUPS, "all"]
+    assert device_metrics_section.group_names([record]) == [*GROUPS, "all"]
 
 
 def test_a_metric_at_the_end_of_its_range_is_marked() -> None:

@@ -19,7 +19,7 @@ from fedface.privacy.plan import Schedule, make_plan
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.reports import disclosures, formatting, html_report, model_card
 from fedface.reports.device_metrics_record import WithdrawalRecord
-from fedface.reports.headline_numbers import headline_numbers
+from fedface.reports.headline_summary import headline_numbers
 from fedface.reports.run_record import RunRecord
 
 SCHEDULE = Schedule(rounds=1, steps_per_round=3, sampling_rate=0.1, expected_batch_size=10, clip_norm=0.3)

@@ -9,7 +9,7 @@ from made_up import around, own_metrics, with_metrics
 
 from fedface.audits.bias import GroupMetrics
 from fedface.reports import headline_summary, model_card
-from fedface.reports.headline_numbers import headline_numbers
+from fedface.reports.headline_summary import headline_numbers
 from fedface.reports.run_record import BiasRecord, RunRecord
 
 
