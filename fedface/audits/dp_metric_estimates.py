@@ -61,7 +61,7 @@ class ToneShares:
 class DPMetricEstimates:
     """Metrics of one model on the devices' own photos. Groups that may be small are suppressed."""
 
-    devices: int
+    devices: int  # in the sum; 0: there is none, and `overall` says why
     min_count: float  # a group with a smaller noised count is suppressed
     overall: GroupEstimates | NotMeasured  # all units, including those of suppressed groups
     groups: dict[str, GroupEstimates | NotMeasured]  # lightest first
@@ -81,6 +81,8 @@ class DPMetricEstimates:
     def headline(self) -> str:
         """One sentence: the first clear gap in a fixed order of metrics, or the gaps that the noise would hide."""
         start = "On the devices' own photos"
+        if isinstance(self.overall, NotMeasured) and not self.devices:
+            return f"{start}, nothing was measured: {self.overall.not_measured}."
         for name in (*HEADLINE_METRICS, *self.gaps):
             gap, metric = self.gaps.get(name), DP_METRICS[name]
             if gap is not None and metric.shows(gap):
@@ -104,6 +106,8 @@ class DPMetricEstimates:
 
     def sentences(self) -> list[str]:
         """One sentence per finding, clear gaps first; always ends with the limits of these metrics."""
+        if isinstance(self.overall, NotMeasured) and not self.devices:
+            return [f"Nothing was measured: {self.overall.not_measured}."]
         clear = [name for name, gap in self.gaps.items() if DP_METRICS[name].shows(gap)]
         texts = [self._gap_sentence(name) for name in clear]
         if not self.gaps:
@@ -221,7 +225,7 @@ def estimate_metrics(
     sums = decode_sums(total, config, clip_norm=clip_norm)
     _check_possible(sums, noise)
     rows = {name: [i] for i, name in enumerate(config.groups)}
-    few = NotMeasured(not_measured=f"below {noise.min_count:.0f} units, noise included")
+    few = NotMeasured(not_measured=f"suppressed: below {noise.min_count:.0f} units, noise included")
     known = unit != "library" or devices >= config.min_group_size
     reported = {
         name: _group_metrics(sums, members, noise)
@@ -241,6 +245,20 @@ def estimate_metrics(
         shares=shares,
         gaps=gaps,
         hidden={name: _hidden(reported, gap, name) for name, gap in gaps.items()},
+    )
+
+
+def missing_metrics(config: LocalMetricsConfig, reason: str) -> DPMetricEstimates:
+    """In place of the metrics of a sum that there is not."""
+    missing = NotMeasured(not_measured=reason)
+    return DPMetricEstimates(
+        devices=0,
+        min_count=config.min_group_size,
+        overall=missing,
+        groups=dict.fromkeys(config.groups, missing),
+        shares={},
+        gaps={},
+        hidden={},
     )
 
 

@@ -46,6 +46,7 @@ class SumListener:
     revealing: Callable[[int], None]  # with how many members are asked first, when the sum needs exchanges
     # With a member whose owner has withdrawn, and its name, as soon as that arrives.
     withdrawn: Callable[[Mapping[int, str]], None]
+    given_up: Callable[[str], None]  # with the reason why the sum cannot be revealed
     folder: Path | None = None  # where sums that are under way are stored
 
     def file(self, sum_of: SumOf, round: int) -> Path | None:
@@ -69,7 +70,7 @@ class RoundSum:
     refusals: tuple[RefusalRecord, ...]
     dropped: tuple[RefusalRecord, ...]
     withdrawn: Mapping[int, str]  # members whose owners have withdrawn, and their names
-    total: Vector  # in public ranges, (d,)
+    total: Vector | None  # in public ranges, (d,); None: the sum was given up
     count: int  # how many vectors are in it; at least as many as members
     bytes_up: int
     bytes_reveal: int
@@ -77,15 +78,6 @@ class RoundSum:
     seconds_protect: float
     seconds_combine: float
     seconds_reveal: float
-
-
-class LostSum(FederationError):
-    """A sum that was begun before cannot be revealed: devices that have a part in it do not come back, or spoil it."""
-
-    def __init__(self, problem: str, round_sum: RoundSum) -> None:
-        """`round_sum` names the devices, and has no vector."""
-        super().__init__(problem)
-        self.round_sum = round_sum
 
 
 def collect_and_sum(
@@ -98,13 +90,16 @@ def collect_and_sum(
 ) -> RoundSum:
     """Send every member the task, sum the usable replies, and reveal the sum.
 
+    A sum that was begun before and cannot be revealed this time either is given up: devices that have a part in it do
+    not come back, or spoil it, and each answers for it once.
+
     Args:
         experiment: Gives the aggregation protocol and min_responses.
         length: d, how many numbers a vector has.
 
     Raises:
-        FederationError: Too few usable replies, or the sum could not be revealed. The run can be resumed.
-        LostSum: It could not be revealed for the second time.
+        FederationError: Too few usable replies, or the sum could not be revealed for the first time. The run can be
+            resumed.
     """
     started = time.perf_counter()
     context = sum_context(task)
@@ -144,15 +139,15 @@ def collect_and_sum(
     revealing = _Revealing(
         experiment=experiment, cohort=cohort, task=task, sum_of=context.sum_of, listener=listener
     )
-    lost: FederationError | None = None
     try:
         revealed = revealing.reveal(server)
     except FederationError as error:
         if not begun:
             raise FederationError(f"{error}; resume to try again, once more") from error
-        lost, revealed = error, SumResult(total=torch.zeros(length), members=frozenset(), count=0)
+        listener.given_up(str(error))
+        revealed = SumResult(total=torch.zeros(length), members=frozenset(), count=0)
     finished = time.perf_counter()
-    round_sum = RoundSum(
+    return RoundSum(
         members=tuple(sorted(revealed.members)),
         devices=tuple(arrivals.devices[member] for member in sorted(revealed.members)),
         refusals=arrivals.refusals,
@@ -167,7 +162,7 @@ def collect_and_sum(
             ),
         ),
         withdrawn=arrivals.withdrawn,
-        total=revealed.total,
+        total=revealed.total if revealed.count else None,
         count=revealed.count,
         bytes_up=arrivals.bytes_up + revealing.bytes_up,
         bytes_reveal=revealing.bytes,
@@ -176,9 +171,6 @@ def collect_and_sum(
         seconds_combine=arrivals.seconds,
         seconds_reveal=finished - combined,
     )
-    if lost is not None:
-        raise LostSum(str(lost), round_sum) from lost
-    return round_sum
 
 
 def noised_sum(total: Vector, dp: DPParameters) -> Vector:

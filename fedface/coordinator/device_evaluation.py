@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fedface.audits.dp_metric_estimates import estimate_metrics
+from fedface.audits.dp_metric_estimates import estimate_metrics, missing_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.coordinator.aggregate import SumListener, collect_and_sum, noised_sum
 from fedface.coordinator.requests import evaluation_request
@@ -80,12 +80,26 @@ def request_metrics(
         evaluation: The request.
 
     Raises:
-        FederationError: Too few usable replies, or no device could decrypt the sum.
+        FederationError: Too few usable replies, or the sum could not be revealed for the first time.
         AggregationError: The sum cannot be one of these metrics with this noise.
     """
     dp, task = evaluation.dp, evaluation.task(experiment, len(members))
     ranges = task.request.ranges()
     round_sum = collect_and_sum(experiment, cohort, members, task, len(ranges), listener)
+    if round_sum.total is None:
+        estimates = missing_metrics(
+            evaluation.config, "the sum of the devices' metrics could not be revealed"
+        )
+    else:
+        estimates = estimate_metrics(
+            noised_sum(round_sum.total, dp) * ranges,
+            config=task.request.metrics,
+            clip_norm=dp.schedule.clip_norm,
+            noise_multiplier=dp.noise_multiplier,
+            devices=round_sum.count,
+            noises=dp.noises_in_sum(round_sum.count),
+            unit=dp.unit,
+        )
     return DeviceMetricsRecord(
         when=evaluation.name,
         weights_hash=task.model,
@@ -94,15 +108,7 @@ def request_metrics(
         refusals=tuple(r.reason for r in (*round_sum.refusals, *round_sum.dropped)),
         epsilon=_epsilon(experiment, dp),
         noise_multiplier=dp.noise_multiplier,
-        estimates=estimate_metrics(
-            noised_sum(round_sum.total, dp) * ranges,
-            config=task.request.metrics,
-            clip_norm=dp.schedule.clip_norm,
-            noise_multiplier=dp.noise_multiplier,
-            devices=round_sum.count,
-            noises=dp.noises_in_sum(round_sum.count),
-            unit=dp.unit,
-        ),
+        estimates=estimates,
     )
 
 
@@ -152,6 +158,9 @@ def evaluate_on_devices(
             progress=progress.advance,
             revealing=partial(progress.stage, f"devices reveal the sum of their metrics, {name} the run"),
             withdrawn=handler.drop,
+            given_up=lambda why: progress.message(
+                f"{why}; these metrics are given up, and the report lacks them"
+            ),
             folder=sums_folder(state.folder),
         )
         record = request_metrics(experiment, evaluation, cohort, members, listener)

@@ -162,6 +162,9 @@ def run_ranking(
             progress=progress.advance,
             revealing=partial(progress.stage, f"devices reveal the sum of candidate {number}"),
             withdrawn=withdrawn.update,
+            given_up=lambda why: progress.message(
+                f"{why}; these metrics are given up, and the report lacks them"
+            ),
             folder=sums_folder(folder),
         )
         metrics = request_metrics(experiment, evaluation, cohort, requested, listener)
@@ -174,7 +177,9 @@ def run_ranking(
         "their sum, and could "
         "keep them; the privacy guarantee bounds what is published, not what the server could learn.",
     )
-    estimates = {name: state.records[name].estimates for name in models}
+    estimates = {name: found for name in models if (found := state.records[name].estimates).devices}
+    if len(estimates) < 2:
+        raise FederationError("fewer than two candidates have metrics; start a new ranking")
     record = RankingReport(
         name=folder.name,
         question=experiment.question,

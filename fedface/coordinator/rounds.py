@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from fedface.coordinator.aggregate import LostSum, RoundSum, SumListener, collect_and_sum, noised_sum
+from fedface.coordinator.aggregate import RoundSum, SumListener, collect_and_sum, noised_sum
 from fedface.coordinator.requests import round_config
 from fedface.coordinator.run_state import RunState, sums_folder, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
@@ -89,15 +89,13 @@ def run_rounds(
             progress=progress.advance,
             revealing=partial(progress.stage, f"round {number} of {total}: devices reveal their sum"),
             withdrawn=handler.drop,
+            given_up=lambda why: progress.message(
+                f"{why}; the round is given up, and the model stays as it is"
+            ),
             folder=sums_folder(state.folder),
         )
-        after = model
-        try:
-            round_sum = collect_and_sum(experiment, cohort, members, task, len(ranges), listener)
-        except LostSum as lost:
-            progress.message(f"{lost}; the round is given up, and the model stays as it is")
-            round_sum = lost.round_sum
-        else:
+        round_sum, after = collect_and_sum(experiment, cohort, members, task, len(ranges), listener), model
+        if round_sum.total is not None:
             update = noised_sum(round_sum.total, plan.dp_parameters) * ranges
             after = work.apply(update, round_sum.count, Streams(experiment.seed).generator("mean style"))
         after = replace(after, notes={"run": state.folder.name, "round": number})

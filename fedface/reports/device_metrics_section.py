@@ -85,7 +85,7 @@ def cells(group: Group) -> list[tuple[str, str]]:
 def texts(group: Group) -> list[str]:
     """The same as one text per column."""
     if isinstance(group, NotMeasured):
-        return [f"suppressed: {group.not_measured}", *["–"] * len(DP_METRICS)]
+        return [group.not_measured, *["–"] * len(DP_METRICS)]
     return [f"{value} {ends}" for value, ends in cells(group)]
 
 
@@ -168,5 +168,5 @@ def cost_sentence(record: DeviceMetricsRecord) -> str:
 
 
 def cost(record: DeviceMetricsRecord) -> str:
-    """How many devices responded, and the privacy loss of one unit."""
-    return f"{number_format.counted(record.estimates.devices, 'device')} responded, at {record.epsilon}"
+    """How many devices are in the sum, and the privacy loss of one unit."""
+    return f"a sum of {number_format.counted(record.estimates.devices, 'device')}, at {record.epsilon}"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from made_up import around, own_metrics, with_metrics
 
+from fedface.audits.dp_metric_estimates import missing_metrics
+from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.audits.dp_model_ranking import PairwiseComparison, Ranking
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import dumps, loads
@@ -81,6 +83,19 @@ def test_a_suppressed_group_takes_one_cell(record: RunRecord, folder: Path) -> N
     assert html.count("suppressed: below 20 units") == 1 and 'colspan="6"' in html
     row = next(line for line in model_card.render(reply).splitlines() if line.startswith("| medium"))
     assert row.count("suppressed") == 1
+
+
+@pytest.mark.usefixtures("quick_charts")
+def test_metrics_whose_sum_was_not_revealed_are_reported_as_missing(record: RunRecord, folder: Path) -> None:
+    """With their privacy cost, in the report and the model card; those before the run are shown."""
+    before = own_metrics("before", 1.0, (300, 5, 60))
+    lost = replace(
+        before, when="after", participants=(), estimates=missing_metrics(LocalMetricsConfig(), "x y")
+    )
+    run = with_metrics(record, before, lost)
+    for text in (html_report.render(run, folder), model_card.render(run)):
+        assert "Nothing was measured: x y." in text and "nothing was measured: x y." in text
+        assert "Evaluating the model after the run: a sum of 0 devices, at epsilon 4.000" in text
 
 
 def test_without_a_comparison_the_detectable_gap_is_reported(record: RunRecord) -> None:

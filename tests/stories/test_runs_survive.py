@@ -1,7 +1,8 @@
-"""Thirteen ways in which a run is disturbed: it goes on or ends with one sentence, and no budget is spent twice.
+"""Sixteen ways in which a run is disturbed: it goes on or ends with one sentence, and no budget is spent twice.
 
-Devices answer in one process through Flower's bytes, with their own ledgers. After each story every ledger has one
-entry for each round, costs what the plan announced, and at most one update left for a round. Other tests show:
+Devices answer in one process through Flower's bytes, with their own ledgers and masked sums. After each story every
+ledger has one entry for each round, costs what the plan announced, and at most one update left for a round. Other
+tests show:
 
     server killed               stories/test_main_job (kill -9), coordinator/test_rounds (before the record)
     device killed               stories/test_promises (power cuts), privacy/test_ledger_crash, test_ledger_attempts
@@ -23,12 +24,14 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Error
 from flwr.app import Message as FlowerMessage
 from tiny import SilentProgress, started, tiny_experiment, tiny_gan
 
+from fedface.aggregation.masked import EXCHANGES
 from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
 from fedface.coordinator.device_evaluation import evaluate_on_devices
@@ -39,7 +42,14 @@ from fedface.device.device import Device, load_device
 from fedface.errors import FederationError, LedgerError
 from fedface.experiment import Experiment, devices_folder
 from fedface.measurements import Epsilon
-from fedface.messages.messages import Refusal, Task, TrainResult, to_message
+from fedface.messages.messages import (
+    ExchangeResult,
+    ExchangeTask,
+    Refusal,
+    Task,
+    TrainResult,
+    to_message,
+)
 from fedface.messages.parsing import read_reply, read_task
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.accounting import epsilon_of
@@ -55,6 +65,7 @@ from fedface.transport.wire import DEVICE_ERROR, from_record, to_record
 
 DELTA = 1e-3  # of the tiny experiment
 CHANGES = {
+    "aggregation": "{kind: masked}",
     "privacy": "{kind: privacy-target, epsilon: 1, delta: 1e-3}",  # more noise is priced sooner
     "devices.photos_per_device": "6",
     "devices.light_fractions": "[0.9, 0.5, 0.1]",
@@ -163,7 +174,9 @@ class Run:
         sent = {(one.kind, one.round): set() for one in snapshot.transmissions}  # type: ignore[var-annotated]
         for one in snapshot.transmissions:
             sent[one.kind, one.round].add(one.payload_digest)
-        assert all(len(digests) == 1 for (kind, _), digests in sent.items() if kind != "refusal")
+        for (kind, round), digests in sent.items():
+            sums = [each for _, each in expected].count(round)
+            assert kind == "refusal" or len(digests) <= (4 * sums if kind == "exchange" else 1)
 
     def check_all_ledgers(self) -> None:
         """Each has two rounds."""
@@ -247,6 +260,79 @@ def test_a_device_killed_in_each_phase_of_a_round_answers_when_it_is_asked_again
     run.check_all_ledgers()
 
 
+def test_devices_killed_in_each_exchange_answer_it_when_the_server_asks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One before it stores its answer, one before it sends that, one on its way: nothing is computed again."""
+    four = tiny_experiment(tmp_path / "recipe", {**CHANGES, "training.rounds": "4"})
+    run, own = Run(four, started(four, tmp_path / "run")), Device.ledger
+    deadly = {ALL[0]: "store_exchange", ALL[1]: "record_transmission", ALL[2]: ""}
+    dying, done = dict[str, str](), set[tuple[int, int]]()
+
+    def ledger(self: Device) -> Ledger:
+        found = own(self)
+        if name := dying.pop(self.name, ""):
+            setattr(found, name, killed)
+        return found
+
+    def link(message: FlowerMessage, context: Context, answer: Answer) -> FlowerMessage:
+        task, number = read_task(from_record(message.content)), int(context.node_config["partition-id"])
+        exchange = isinstance(task, ExchangeTask) and task.exchange
+        if exchange != EXCHANGES[task.round - 1] or (task.round, number) in done:
+            return answer(message, context)
+        done.add((task.round, number))
+        dying[ALL[number]] = deadly[ALL[number]]
+        return answer(message, context) and killed()  # type: ignore[return-value]
+
+    monkeypatch.setattr(Device, "ledger", ledger)
+    run.link = link
+    for number in range(1, 5):
+        with pytest.raises(FederationError, match=f"round {number}: .* resume to try again, once more"):
+            run.rounds()
+    assert who(run.rounds()) == [ALL] * 4
+    for number in range(3):
+        run.check_ledger(number, [("run", round) for round in range(1, 5)])
+
+
+def test_a_sum_that_cannot_be_revealed_twice_is_given_up_and_the_run_goes_on(
+    run: Run, quick_detection: None
+) -> None:
+    """Of metrics, since all devices are gone; of updates, since one sends what no sum can be: no one sees which."""
+
+    def gone(message: FlowerMessage, context: Context, answer: Answer) -> FlowerMessage:
+        reply, task = answer(message, context), read_task(from_record(message.content))
+        return killed() if isinstance(task, ExchangeTask) and task.exchange == "reveal" else reply  # type: ignore[return-value]
+
+    def hostile(message: FlowerMessage, context: Context, answer: Answer) -> FlowerMessage:
+        task, reply = read_task(from_record(message.content)), answer(message, context)
+        found = read_reply(from_record(reply.content))
+        if (
+            context.node_config["partition-id"] != 1
+            or task.round != 1
+            or not isinstance(found, ExchangeResult)
+        ):
+            return reply
+        if task.exchange == "masked":  # type: ignore[union-attr]
+            vector, *rest = (sent := Payload.from_bytes(found.content)).parts
+            huge = (np.frombuffer(vector, "<u4") + np.uint32(1 << 31)).astype("<u4").tobytes()
+            found = replace(found, content=replace(sent, parts=(huge, *rest)).to_bytes())
+        return FlowerMessage(to_record(to_message(found)), reply_to=message)
+
+    run.link = gone
+    with pytest.raises(FederationError, match="resume to try again, once more"):
+        run.evaluate()
+    (record,) = run.evaluate().device_metrics
+    assert "these metrics are given up, and the report lacks them" in run.progress.text
+    assert "nothing was measured: the sum of the devices' metrics could not" in record.estimates.headline()
+    run.link = hostile
+    with pytest.raises(FederationError, match="resume to try again, once more"):
+        run.rounds()
+    assert who(run.rounds()) == [(), ALL]
+    assert "the round is given up, and the model stays as it is" in run.progress.text
+    for number in range(3):
+        run.check_ledger(number, [("run/metrics", 1), *TWO_ROUNDS])
+
+
 @pytest.fixture
 def clocks(monkeypatch: pytest.MonkeyPatch) -> dict[str, timedelta]:
     """How far the clocks of devices are ahead."""
@@ -284,12 +370,14 @@ def test_a_laptop_closed_for_a_day_misses_a_round_and_takes_part_in_the_next(
 def test_an_unplugged_photo_folder_costs_nothing_before_a_round_and_that_round_during_it(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Missing when the request comes: an error, nothing recorded. Gone while it is read: noise alone, as priced."""
+    """Missing when the request comes: an error, nothing recorded. Gone while it is read: noise alone, as priced,
+    and no part in a masked sum until it is back.
+    """
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "index"))
     photos, away, owner = tmp_path / "photos", tmp_path / "away", tmp_path / "device.yaml"
     owner.write_text(
         f"name: device-01\nphotos: {photos}\nstate: {devices_folder(run.folder) / 'device-01'}\n"
-        "answer_seconds: 0\npolicy: {max_epsilon: 8, delta: 1e-3, protocols: [plain]}\n"
+        "answer_seconds: 0\npolicy: {max_epsilon: 8, delta: 1e-3, protocols: [masked]}\n"
     )
 
     def change(number: int, device: Device) -> Device:
@@ -307,7 +395,8 @@ def test_an_unplugged_photo_folder_costs_nothing_before_a_round_and_that_round_d
     state = run.first_round()
     assert who(state) == [OTHERS] and "stopped with ConfigError" in state.rounds[0].dropped[0].reason
     photos.mkdir()
-    assert who(run.rounds()) == [OTHERS, ALL]
+    state = run.rounds()
+    assert who(state) == [OTHERS, OTHERS] and "ConfigError" in state.rounds[1].dropped[0].reason
     assert away.is_dir() and not photos.exists()
     run.change = lambda number, device: device
     run.check_ledger(0, TWO_ROUNDS)
@@ -346,7 +435,7 @@ def test_a_full_disk_of_a_device_is_one_sentence_and_no_second_release(
             handle_task(task, device)
         assert next(fault, None) is None
     with device.ledger() as ledger:
-        assert [one.kind for one in ledger.read().transmissions] == ["update"]
+        assert [one.kind for one in ledger.read().transmissions] == ["exchange"]
     assert who(run.rounds()) == [ALL, ALL]
     run.check_all_ledgers()
 
@@ -404,7 +493,7 @@ def test_one_state_folder_on_two_devices_is_one_update_and_one_entry(run: Run) -
     )
     rounds = run.rounds()
     assert who(rounds) == [OTHERS, OTHERS]
-    assert all("two programs use one state folder" in record.dropped[0].reason for record in rounds.rounds)
+    assert all("give each its own state folder" in record.dropped[0].reason for record in rounds.rounds)
     run.check_ledger(0, TWO_ROUNDS)
     run.check_ledger(2, TWO_ROUNDS)
 
@@ -451,13 +540,41 @@ def test_a_link_that_repeats_requests_and_loses_replies_costs_nothing(run: Run) 
     assert who(run.rounds()) == [ALL, ALL]
     run.check_all_ledgers()
     with run.device(0).ledger() as ledger:
-        sent = [one.resent for one in ledger.read().transmissions if one.round == 1]
-    assert sent == [False, True, True, True]
+        sent = [one for one in ledger.read().transmissions if one.round == 1]
+    assert [one.resent for one in sent if one.kind == "update"] == [False, True]
+    assert [one.resent for one in sent].count(False) == 5  # keys, and an answer in each exchange
 
 
-def test_hostile_and_replayed_replies_are_dropped_by_name_and_cost_no_one_anything(run: Run) -> None:
+def test_hostile_and_replayed_masked_replies_are_dropped_by_name_and_cost_no_one_anything(run: Run) -> None:
+    """A vector that is too short in the first round, and that round's keys again in the second."""
+    keys = []
+
+    def hostile(message: FlowerMessage, context: Context, answer: Answer) -> FlowerMessage:
+        reply = read_reply(from_record((answered := answer(message, context)).content))
+        if context.node_config["partition-id"] != 1:
+            return answered
+        if isinstance(reply, TrainResult):
+            keys.append(reply.payload)
+            reply = replace(reply, payload=keys[0])
+        elif read_task(from_record(message.content)).exchange == "masked":  # type: ignore[union-attr]
+            vector, *rest = (sent := Payload.from_bytes(reply.content)).parts  # type: ignore[union-attr]
+            reply = replace(reply, content=replace(sent, parts=(vector[4:], *rest)).to_bytes())  # type: ignore[type-var, call-arg]
+        return FlowerMessage(to_record(to_message(reply)), reply_to=message)
+
+    run.link = hostile
+    state = run.rounds()
+    assert who(state) == [OTHERS, OTHERS]
+    assert "masked numbers, got" in state.rounds[0].dropped[0].reason
+    assert "expected a message of the exchange 'keys' of round 2" in state.rounds[1].dropped[0].reason
+    run.check_all_ledgers()
+
+
+def test_hostile_and_replayed_plain_replies_are_dropped_by_name_and_cost_no_one_anything(
+    tmp_path: Path,
+) -> None:
     """An update of 1e30 in the first round, and that round's true reply again in the second."""
-    replies = []
+    plain = tiny_experiment(tmp_path / "recipe", {**CHANGES, "aggregation": "{kind: plain}"})
+    run, replies = Run(plain, started(plain, tmp_path / "run")), []
 
     def hostile(message: FlowerMessage, context: Context, answer: Answer) -> FlowerMessage:
         reply = answer(message, context)
