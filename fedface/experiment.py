@@ -15,6 +15,7 @@ from fedface.aggregation.payload import (
     AggregationConfig,
     AggregationParameters,
     MaskedConfig,
+    MaskSettings,
     PlainConfig,
     fewest_summed,
 )
@@ -382,6 +383,10 @@ class Experiment:
         """The fraction of each device's units that is not trained on."""
         return 0.0 if self.evaluation is None else self.evaluation.holdout_fraction
 
+    @property
+    def _corrupt_share(self) -> float:
+        return self.aggregation.corrupt_share if isinstance(self.aggregation, MaskSettings) else 0.0
+
     def device_policy(self) -> DevicePolicy:
         """The policy of a simulated device: the given one, or one that allows exactly this run."""
         if self.policy is not None:
@@ -392,12 +397,12 @@ class Experiment:
                     max_epsilon=target.epsilon, delta=target.delta, objectives=(self.training.objective,),
                     min_cohort_size=1, protocols=(self.aggregation.kind,), unit=target.unit,
                     trust_server=target.noise == "central", honest_fraction=target.honest_fraction,
-                    evaluation=self.evaluation is not None,
+                    evaluation=self.evaluation is not None, corrupt_share=self._corrupt_share,
                 )  # fmt: skip
             case NoPrivacy():
                 return DevicePolicy(
                     max_epsilon=1.0, delta=1e-5, objectives=(self.training.objective,), min_cohort_size=1,
-                    protocols=(self.aggregation.kind,), allow_no_dp=True,
+                    protocols=(self.aggregation.kind,), allow_no_dp=True, corrupt_share=self._corrupt_share,
                 )  # fmt: skip
             case _:
                 assert_never(self.privacy)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+from fedface.aggregation.payload import purpose_of
 from fedface.config import parse
 from fedface.errors import PolicyRefusal
 from fedface.experiment import read_experiment
@@ -20,7 +21,7 @@ from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import ClippedSum, Event
 from fedface.privacy.plan import Plan
-from fedface.privacy.policy import DevicePolicy, Period, Purpose
+from fedface.privacy.policy import DevicePolicy, Period
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy.renyi_filter import filter_epsilon
 from fedface.privacy_units import Unit
@@ -225,7 +226,7 @@ def test_the_policy_on_the_page_is_valid_and_has_the_described_effect(tmp_path: 
         try:
             policy.admit(
                 plan,
-                Purpose(recipe.devices.count, recipe.aggregation.kind, recipe.training.objective),
+                purpose_of(recipe.aggregation, recipe.devices.count, recipe.training.objective),
                 ledger,
             )
         except PolicyRefusal as refusal:

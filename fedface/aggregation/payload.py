@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Annotated, ClassVar, Literal, NoReturn, TypeAlias
 
 from fedface.errors import AggregationError
+from fedface.privacy.policy import Purpose
 from fedface.validation import Above, AtLeast, In, checked
 
 PlainValue: TypeAlias = int | float | str
@@ -111,6 +112,12 @@ AggregationConfig: TypeAlias = PlainConfig | MaskedConfig | HomomorphicConfig
 def fewest_summed(config: AggregationConfig, cohort: int) -> int:
     """The fewest updates that the sum of a round may contain, if `cohort` devices are asked."""
     return cohort if isinstance(config, PlainConfig) else min(cohort, config.min_devices)
+
+
+def purpose_of(config: AggregationConfig, cohort: int, objective: str) -> Purpose:
+    """What a run asks of a device's policy, if `cohort` devices are asked."""
+    masks = config.corrupt_share if isinstance(config, MaskSettings) else 0.0
+    return Purpose(fewest_summed(config, cohort), config.kind, objective, masks)
 
 
 def _refuse(problem: str) -> NoReturn:

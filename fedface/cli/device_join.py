@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import typer
 
-from fedface.aggregation.payload import PlainConfig
+from fedface.aggregation.payload import MaskSettings, PlainConfig
 from fedface.atomic_io import create_bytes, locked_folder, replace_bytes
 from fedface.cli.console import cell, note, say
 from fedface.cli.device_service import install_service
@@ -141,6 +141,7 @@ def _join(invite: Invite, folder: Path, answers: Answers) -> None:
             "evaluation": policy.evaluation,
             "protocols": list(policy.protocols),
             "min_cohort_size": policy.min_cohort_size,
+            "corrupt_share": policy.corrupt_share,
             "trust_server": policy.trust_server,
             "honest_fraction": policy.honest_fraction,
             **({"hours": list(policy.hours)} if policy.hours else {}),
@@ -244,6 +245,9 @@ def _least_policy(plan: RunPlan) -> DevicePolicy:
         evaluation=bool(plan.evaluations),
         protocols=tuple(dict.fromkeys(each.kind for each in sums)),
         min_cohort_size=min(fewest),
+        corrupt_share=min(
+            (each.corrupt_share for each in sums if isinstance(each, MaskSettings)), default=0.1
+        ),
         trust_server=releases.parts[0].noise == "central",
         honest_fraction=min(1.0, math.ceil(100 * honest / min(fewest)) / 100) if honest > 1 else 0.5,
     )

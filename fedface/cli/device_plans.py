@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedface.aggregation.payload import fewest_summed
+from fedface.aggregation.payload import purpose_of
 from fedface.atomic_io import replace_bytes
 from fedface.cli.console import cell, print_json, say, table_of
 from fedface.cli.device_log import confirm
@@ -25,7 +25,7 @@ from fedface.messages.messages import EvaluationRequest
 from fedface.messages.run_plan import AdmittedPlans, RunPlan
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import RecordedRun
-from fedface.privacy.policy import EVALUATION, DevicePolicy, Purpose
+from fedface.privacy.policy import EVALUATION, DevicePolicy
 from fedface.privacy.releases import event_to_json
 from fedface.transport.enrolment import Server
 
@@ -49,9 +49,7 @@ def judge_plan(plan: RunPlan, allowed: DevicePolicy, ledger: Ledger) -> PolicyRe
     for part in plan.parts:
         evaluates = isinstance(part, EvaluationRequest)
         objective = EVALUATION if isinstance(part, EvaluationRequest) else part.training.objective
-        purpose = Purpose(
-            fewest_summed(part.aggregation, part.agreement.max_devices), part.aggregation.kind, objective
-        )
+        purpose = purpose_of(part.aggregation, part.agreement.max_devices, objective)
         requests.append(Request(what="evaluation" if evaluates else "training", purpose=purpose, dp=part.dp))
     return judge(plan.name, requests, allowed, ledger)
 

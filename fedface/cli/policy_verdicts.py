@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedface.aggregation.payload import fewest_summed
+from fedface.aggregation.payload import purpose_of
 from fedface.cli.policy_report import CombinedVerdict, PolicyReport, Price, Verdict
 from fedface.errors import PolicyRefusal
 from fedface.experiment import read_experiment
@@ -36,16 +36,11 @@ def judge_experiment(
     """Whether a policy admits an experiment with some changes, beside what a ledger holds; nothing is recorded."""
     recipe = read_experiment(experiment, changes=changes)
     plan = recipe.plan()
-    cohort, protocol = fewest_summed(recipe.aggregation, recipe.devices.count), recipe.aggregation.kind
-    requests = [
-        Request(
-            what="training",
-            purpose=Purpose(cohort, protocol, recipe.training.objective),
-            dp=plan.dp_parameters,
-        )
-    ]
+    sums, cohort = recipe.aggregation, recipe.devices.count
+    purpose = purpose_of(sums, cohort, recipe.training.objective)
+    requests = [Request(what="training", purpose=purpose, dp=plan.dp_parameters)]
     if plan.evaluation is not None:
-        purpose = Purpose(cohort, protocol, EVALUATION)
+        purpose = purpose_of(sums, cohort, EVALUATION)
         requests.append(Request(what="evaluation", purpose=purpose, dp=plan.evaluation))
     report = judge(str(experiment), requests, allowed, ledger)
     priced = any(verdict.prices for verdict in report.verdicts)

@@ -28,7 +28,7 @@ from fedface.aggregation.payload import (
     MaskSettings,
     PlainConfig,
     SumContext,
-    fewest_summed,
+    purpose_of,
 )
 from fedface.aggregation.protocols import DeviceKeys, device_sum
 from fedface.aggregation.sums import DeviceSum
@@ -66,7 +66,7 @@ from fedface.privacy.ledger_records import LedgerEntry, TransmissionInfo, Transm
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.plan import DPParameters
-from fedface.privacy.policy import EVALUATION, Purpose
+from fedface.privacy.policy import EVALUATION
 from fedface.privacy.spending import ENTRY_LIFETIME
 from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Vector
@@ -320,8 +320,7 @@ class _ReleaseTransaction:
                 f"{self.aggregation.kind} sums; nothing was computed"
             )
         # Today's policy applies to stored replies too, except for the budgets, which were charged before.
-        fewest = fewest_summed(self.aggregation, task.cohort)
-        purpose = Purpose(fewest, self.aggregation.kind, self.objective)
+        purpose = purpose_of(self.aggregation, task.cohort, self.objective)
         device.policy.check_static(self.terms, purpose)
         stored = ledger.load_reply(task.ledger_key, task.round)
         if stored is not None:

@@ -58,8 +58,11 @@ class Purpose(NamedTuple):
     """The purpose of a run."""
 
     cohort_size: int  # the fewest devices whose updates may be summed
-    protocol: str  # how updates are protected: "plain" or "homomorphic"
+    protocol: str  # how updates are protected: "masked", "homomorphic" or "plain"
     objective: str  # what is trained, such as "generator", or "evaluation"
+    corrupt_share: (
+        float  # of the devices, which may collude with the server and read no one's update; 0 without masks
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,8 @@ class DevicePolicy:
     evaluation: bool = False  # may this device compute metrics on its photos, with noise?
     protocols: tuple[str, ...] = ("masked", "homomorphic")  # how updates may be sent
     min_cohort_size: Annotated[int, AtLeast(1)] = 2  # fewest devices whose updates are summed
+    # With masks: at least this share of the devices may collude with the server and not read this device's update.
+    corrupt_share: Annotated[float, In("[0, 0.5)")] = 0.1
     trust_server: bool = False  # may runs take part whose noise the server adds?
     # Of the devices in a sum, how many are trusted to add their shares of distributed noise and to keep them secret?
     honest_fraction: Annotated[float, In("[0, 1]")] = 0.5
@@ -224,6 +229,12 @@ class DevicePolicy:
                 f"this run may sum only {purpose.cohort_size} devices; this device takes part only among "
                 f"{self.min_cohort_size} or more"
             )
+        if purpose.protocol != "plain" and purpose.corrupt_share < self.corrupt_share:
+            raise PolicyRefusal(
+                f"the masks of this run withstand a server with {purpose.corrupt_share:.0%} of the devices; the owner "
+                f"of this device demands {self.corrupt_share:.0%}",
+                advice="Raise aggregation.corrupt_share.",
+            )
 
     def _admit_protocol(self, protocol: str) -> None:
         if protocol not in self.protocols:
@@ -360,6 +371,11 @@ class DevicePolicy:
             f"updates may be sent {_or(self.protocols)}, where {self.min_cohort_size} devices or more are summed"
             if self.protocols
             else "updates may not be sent at all: every run is refused",
+            *(
+                [f"masks must withstand a server that colludes with {self.corrupt_share:.0%} of the devices"]
+                if set(self.protocols) - {"plain"}
+                else []
+            ),
             *(f"at most {limit}" for limit in self.budgets),
             f"the budget counts {describe_unit(self.unit)}",
             f"a run's guarantee must be per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",

@@ -25,7 +25,7 @@ from fedface.privacy_units import Unit
 
 SCHEDULE = Schedule(rounds=4, steps_per_round=2, sampling_rate=0.2, expected_batch_size=8, clip_norm=1.0)
 TERMS = DPParameters(schedule=SCHEDULE, noise_multiplier=1.0)
-PURPOSE = Purpose(3, "homomorphic", "generator")
+PURPOSE = Purpose(3, "homomorphic", "generator", 0.1)
 COST = epsilon_of(TERMS.event(), 1e-5).upper
 POLICY = DevicePolicy(max_epsilon=COST + 1e-6, delta=1e-5, min_cohort_size=3)
 ONE_ROUND = epsilon_of(TERMS.event(1), 1e-5).upper
@@ -63,7 +63,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def test_a_run_within_the_budget_is_admitted_to_its_last_round(ledger: Ledger) -> None:
     for round in (1, 2, 3, 4):
-        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round)
+        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, run="r", round=round)
         POLICY.record(TERMS, ledger, run="r", round=round)
         ledger.store_reply("r", round, b"payload")
     assert ledger.spent(1e-5).upper <= POLICY.max_epsilon
@@ -83,7 +83,7 @@ def test_the_same_run_under_another_name_is_refused_with_its_numbers(ledger: Led
     for round in (1, 2):
         POLICY.record(TERMS, ledger, run="r", round=round)
     with pytest.raises(PolicyRefusal) as refusal:
-        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="s")
+        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, run="s")
     spent = ledger.spent(1e-5).upper
     for metric in (
         f"requests {format_upper_bound(COST)}; {format_upper_bound(spent)} of {POLICY.max_epsilon:g} is already spent",
@@ -94,7 +94,7 @@ def test_the_same_run_under_another_name_is_refused_with_its_numbers(ledger: Led
 
 def test_recording_stops_at_the_budget_even_if_two_runs_were_admitted(ledger: Ledger) -> None:
     for run in ("a", "b"):
-        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run=run)
+        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, run=run)
     for round in (1, 2, 3, 4):
         POLICY.record(TERMS, ledger, run="a", round=round)
         with pytest.raises(PolicyRefusal):
@@ -106,7 +106,7 @@ def test_an_epsilon_of_the_server_is_ignored(ledger: Ledger) -> None:
     """A plan that claims epsilon 0.001 with hardly any noise has the cost of its noise."""
     liar = Plan(privacy=PrivacyTarget(epsilon=0.001, delta=1e-5), schedule=SCHEDULE, noise_multiplier=0.3)
     with pytest.raises(PolicyRefusal, match="requests epsilon"):
-        POLICY.admit(liar, Purpose(3, "homomorphic", "generator"), ledger)
+        POLICY.admit(liar, Purpose(3, "homomorphic", "generator", 0.1), ledger)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_purposes_are_refused_unless_allowed(
     ledger: Ledger, cohort: int, protocol: str, objective: str, reason: str
 ) -> None:
     with pytest.raises(PolicyRefusal, match=reason):
-        POLICY.admit(TERMS, Purpose(cohort, protocol, objective), ledger)
+        POLICY.admit(TERMS, Purpose(cohort, protocol, objective, 0.1), ledger)
 
 
 def test_a_run_without_dp_needs_the_owners_permission(ledger: Ledger) -> None:
@@ -130,15 +130,15 @@ def test_a_run_without_dp_needs_the_owners_permission(ledger: Ledger) -> None:
     with pytest.raises(
         PolicyRefusal, match=r"epsilon infinite.* at most epsilon [\d.]+ at delta 1e-5 per photo"
     ):
-        POLICY.admit(plan, Purpose(3, "homomorphic", "generator"), ledger)
+        POLICY.admit(plan, Purpose(3, "homomorphic", "generator", 0.1), ledger)
     with pytest.raises(PolicyRefusal, match="no noise"):
         POLICY.record(plan, ledger, run="r", round=1)
     willing = DevicePolicy(max_epsilon=1.0, delta=1e-5, allow_no_dp=True)
-    willing.admit(plan, Purpose(3, "homomorphic", "generator"), ledger)
+    willing.admit(plan, Purpose(3, "homomorphic", "generator", 0.1), ledger)
     willing.record(plan, ledger, run="r", round=1)
     assert ledger.spent(1e-5).lower == float("inf")
     with pytest.raises(PolicyRefusal, match="epsilon infinite of 1 is"):
-        willing.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger)
+        willing.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger)
 
 
 def test_the_examples_are_policies_and_show_every_key() -> None:
@@ -224,11 +224,11 @@ def test_a_typo_is_reported_with_its_line(line: str, words: str) -> None:
 def test_from_the_day_after_the_last_nothing_is_allowed(ledger: Ledger) -> None:
     """Neither a new run nor another round of an old one, nor a stored reply."""
     policy, here = replace(POLICY, expires="2027-01-31"), Noon()
-    policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, environment=here)
+    policy.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, environment=here)
     policy.record(TERMS, ledger, run="r", round=1, environment=here)
     here.day = "2027-02-01"
     with pytest.raises(PolicyRefusal, match="has ended"):
-        policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, environment=here)
+        policy.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, environment=here)
     for round in (1, 2):
         with pytest.raises(PolicyRefusal, match="has ended"):
             policy.record(TERMS, ledger, run="r", round=round, environment=here)
@@ -241,16 +241,16 @@ def test_a_finer_unit_is_refused_and_a_coarser_one_is_converted(ledger: Ledger) 
     with pytest.raises(
         PolicyRefusal, match="guarantee is per photo; the owner of this device counts per occasion"
     ):
-        policy.admit(per("photo"), Purpose(3, "homomorphic", "generator"), ledger)
+        policy.admit(per("photo"), Purpose(3, "homomorphic", "generator", 0.1), ledger)
     with pytest.raises(PolicyRefusal, match="counts per occasion"):
         policy.record(per("photo"), ledger, run="r", round=1)
-    policy.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
+    policy.admit(per("occasion"), Purpose(3, "homomorphic", "generator", 0.1), ledger)
 
 
 def test_a_policy_per_photo_refuses_runs_per_occasion(ledger: Ledger) -> None:
     """A photo that links two occasions is in neither cost: without it they are two units instead of one."""
     for ask in (
-        lambda: POLICY.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger),
+        lambda: POLICY.admit(per("occasion"), Purpose(3, "homomorphic", "generator", 0.1), ledger),
         lambda: POLICY.record(per("occasion"), ledger, run="r", round=1),
     ):
         with pytest.raises(PolicyRefusal, match="per occasion; the owner of this device counts per photo"):
@@ -263,7 +263,7 @@ def test_a_policy_per_photo_charges_the_cost_of_replacing_a_library(ledger: Ledg
     trusting = replace(POLICY, trust_server=True, max_epsilon=5.0)
     dearer = epsilon_of(replace_one_event(per("library", 3.0).event()), 1e-5).upper
     with pytest.raises(PolicyRefusal, match=f"requests {format_upper_bound(dearer)}"):
-        trusting.admit(per("library", 3.0), Purpose(3, "homomorphic", "generator"), ledger)
+        trusting.admit(per("library", 3.0), Purpose(3, "homomorphic", "generator", 0.1), ledger)
     willing = replace(trusting, max_epsilon=dearer + 1e-6)
     willing.record(per("library", 3.0), ledger, run="r", round=1)
     assert ledger.spent(1e-5, unit="photo").upper > ledger.spent(1e-5, unit="library").upper
@@ -282,7 +282,7 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
     terms = per("library", noise=8.0)
     policy = replace(POLICY, max_epsilon=20.0)
     for ask in (
-        lambda: policy.admit(terms, Purpose(3, "homomorphic", "generator"), ledger),
+        lambda: policy.admit(terms, Purpose(3, "homomorphic", "generator", 0.1), ledger),
         lambda: policy.record(terms, ledger, run="r", round=1),
     ):
         with pytest.raises(
@@ -290,34 +290,47 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
         ):
             ask()
     trusting = replace(policy, trust_server=True)
-    trusting.admit(terms, Purpose(3, "homomorphic", "generator"), ledger)
+    trusting.admit(terms, Purpose(3, "homomorphic", "generator", 0.1), ledger)
     trusting.record(terms, ledger, run="r", round=1)
+
+
+def test_an_owner_bounds_the_colluders_that_masks_must_withstand(ledger: Ledger) -> None:
+    """A tenth by default; a server that sets none is refused, and plain sums have no masks."""
+    with pytest.raises(
+        PolicyRefusal, match="withstand a server with 5% of the devices; the owner .* demands 10%"
+    ):
+        POLICY.admit(TERMS, Purpose(3, "masked", "generator", 0.05), ledger)
+    POLICY.admit(TERMS, Purpose(3, "masked", "generator", 0.1), ledger)
+    careful = replace(POLICY, corrupt_share=0.2, protocols=("plain", "homomorphic"))
+    with pytest.raises(PolicyRefusal, match="demands 20%"):
+        careful.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger)
+    careful.admit(TERMS, Purpose(3, "plain", "generator", 0.0), ledger)
 
 
 def test_distributed_noise_needs_no_trusted_server_but_honest_devices(ledger: Ledger) -> None:
     """Half of eight are four; noise that is complete on each device needs no other; none may need more."""
     terms = replace(per("library", noise=8.0), noise="distributed", honest_devices=4)
     policy = replace(POLICY, max_epsilon=20.0)
-    policy.admit(terms, Purpose(8, "homomorphic", "generator"), ledger)
+    policy.admit(terms, Purpose(8, "homomorphic", "generator", 0.1), ledger)
     with pytest.raises(PolicyRefusal, match="relies on the noise of 4 devices in sums that may have only 7"):
-        policy.admit(terms, Purpose(7, "homomorphic", "generator"), ledger)
+        policy.admit(terms, Purpose(7, "homomorphic", "generator", 0.1), ledger)
     alone = replace(policy, honest_fraction=0.0)
-    alone.admit(replace(terms, honest_devices=1), Purpose(3, "homomorphic", "generator"), ledger)
+    alone.admit(replace(terms, honest_devices=1), Purpose(3, "homomorphic", "generator", 0.1), ledger)
     with pytest.raises(PolicyRefusal, match="trusts at most 0% of them"):
-        alone.admit(terms, Purpose(8, "homomorphic", "generator"), ledger)
+        alone.admit(terms, Purpose(8, "homomorphic", "generator", 0.1), ledger)
     entry = policy.record(terms, ledger, run="r", round=1)
     assert (entry.metadata["noise"], entry.metadata["honest_devices"]) == ("distributed", "4")
 
 
 def test_evaluation_is_admitted_and_recorded_like_training(ledger: Ledger) -> None:
     policy = replace(POLICY, evaluation=True, objectives=())
-    policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION), ledger)
+    policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION, 0.1), ledger)
     with pytest.raises(PolicyRefusal, match="allows nothing"):
-        policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger)
+        policy.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger)
     for round in (1, 2, 3, 4):
         policy.record(TERMS, ledger, run="r/metrics", round=round)
     with pytest.raises(PolicyRefusal, match="is already spent"):
-        policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION), ledger)
+        policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION, 0.1), ledger)
 
 
 def test_a_period_pauses_a_run_and_lets_it_continue(tmp_path: Path) -> None:
@@ -326,16 +339,16 @@ def test_a_period_pauses_a_run_and_lets_it_continue(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path / "ledger.db", now=lambda: time)
     policy = replace(POLICY, periods=(Period(days=7, epsilon=ONE_ROUND + 1e-6),))
     for round in (1, 2, 3, 4):
-        policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round)
+        policy.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, run="r", round=round)
         entry = policy.record(TERMS, ledger, run="r", round=round)
         ledger.store_reply("r", round, b"payload", attempt=entry.attempt)
         policy.admit(
-            TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round
+            TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, run="r", round=round
         )  # asked once more
         if round == 4:
             break
         with pytest.raises(PolicyRefusal, match="in any 7 days.*Try again later"):
-            policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round + 1)
+            policy.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, run="r", round=round + 1)
         with pytest.raises(PolicyRefusal, match="in any 7 days"):
             policy.record(TERMS, ledger, run="r", round=round + 1)
         time += timedelta(days=7, seconds=1)
@@ -348,12 +361,12 @@ def test_the_server_gets_one_sentence_about_hours_and_power(ledger: Ledger) -> N
     heard = set()
     for held, private in ((policy, "it is 12:00"), (replace(policy, hours=()), "the battery is at 37%")):
         with pytest.raises(ConditionsNotMet) as refusal:
-            held.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, environment=Noon())
+            held.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, environment=Noon())
         assert private in refusal.value.private
         heard.add(str(refusal.value))
     assert heard == {NOT_NOW_MESSAGE}
     replace(policy, hours=()).admit(
-        TERMS, Purpose(3, "homomorphic", "generator"), ledger, environment=Noon(mains=True)
+        TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, environment=Noon(mains=True)
     )
 
 
@@ -371,7 +384,7 @@ def test_reasons_are_ordered_to_reveal_least(ledger: Ledger) -> None:
     ]
     for words, policy in steps:
         with pytest.raises(PolicyRefusal, match=words):
-            policy.admit(TERMS, Purpose(2, "homomorphic", "generator"), ledger, environment=Noon())
+            policy.admit(TERMS, Purpose(2, "homomorphic", "generator", 0.1), ledger, environment=Noon())
 
 
 def test_every_epsilon_in_the_description_of_a_policy_has_its_delta_unit_and_period() -> None:
@@ -495,7 +508,7 @@ def test_a_sampling_rate_below_ten_times_delta_is_refused(ledger: Ledger) -> Non
     terms = DPParameters(schedule=rare, noise_multiplier=0.01, unit="photo")
     assert epsilon_of(terms.event(), 1e-5).upper < 0.06
     policy = DevicePolicy(max_epsilon=8, delta=1e-5, unit="photo", objectives=("generator",))
-    purpose = Purpose(8, "homomorphic", "generator")
+    purpose = Purpose(8, "homomorphic", "generator", 0.1)
     for rate in (9e-6, 9e-5):
         with pytest.raises(PolicyRefusal, match="below 10 times this device's delta"):
             policy.check_static(replace(terms, schedule=replace(rare, sampling_rate=rate)), purpose)

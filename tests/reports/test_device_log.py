@@ -119,7 +119,9 @@ def test_refusals_and_decrypted_sums_have_no_cost(owner: Owner) -> None:
     for each in (opened, metrics):
         assert each.cost().startswith("none: ") and each.price is None
     assert opened.what() == "The decrypted sum of several devices' updates, still masked, for r, round 1"
-    assert metrics.what() == "The decrypted sum of several devices' metrics, still masked, for r, evaluation 1"
+    assert (
+        metrics.what() == "The decrypted sum of several devices' metrics, still masked, for r, evaluation 1"
+    )
 
 
 def test_all_entries_together_have_the_ledgers_cost(owner: Owner) -> None:
