@@ -265,6 +265,8 @@ class Experiment:
                 sum_ring(self.aggregation, self.agreement)
             except AggregationError as error:
                 raise ValueError(f"aggregation: {error}") from error
+        elif self.aggregation.rule != "mean":
+            self._check_robust_rule(self.aggregation.rule)
         if isinstance(self.training, UpsamplerTrainingConfig):
             if self.training.downscale != self.upsampling.downscale:
                 raise ValueError(
@@ -277,6 +279,18 @@ class Experiment:
         elif self.evaluation is not None:
             raise ValueError(
                 "evaluation needs a privacy target: metrics on the devices' own photos always have noise"
+            )
+
+    def _check_robust_rule(self, rule: str) -> None:
+        if isinstance(self.training, PriorTrainingConfig):
+            raise ValueError(
+                "aggregation: rule must be mean for prior-training, whose sums of latents grow with a library, "
+                f"got {rule}"
+            )
+        if isinstance(self.privacy, PrivacyTarget) and self.privacy.noise == "central":
+            raise ValueError(
+                "aggregation: rule must be mean with central noise, which is calibrated to how far one device moves a "
+                f"sum, got {rule}"
             )
 
     def _check_privacy(self, target: PrivacyTarget) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedface.aggregation.payload import PlainConfig
 from fedface.config import parse
 from fedface.errors import ConfigError
 from fedface.experiment import (
@@ -84,6 +85,19 @@ def test_a_number_out_of_bounds_is_refused_by_key(key: str, value: str, result: 
     """By dotted key, with the bound and the value."""
     with pytest.raises(ConfigError, match=re.escape(result)):
         experiment(**{key: value})
+
+
+def test_a_robust_rule_is_refused_where_it_has_no_meaning() -> None:
+    """The server's noise fits a sum, and moments of a library grow with it."""
+    rule = "{kind: plain, rule: median}"
+    assert experiment(aggregation=rule).aggregation == PlainConfig(rule="median")
+    central = "{kind: privacy-target, epsilon: 4, delta: 1e-3, unit: library, noise: central}"
+    for changes, reason in (
+        ({"privacy": central}, "aggregation: rule must be mean with central noise"),
+        ({"training": "{kind: prior-training}"}, "aggregation: rule must be mean for prior-training"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            experiment(**changes, aggregation=rule)
 
 
 def test_an_experiment_can_be_the_key_of_a_cache() -> None:

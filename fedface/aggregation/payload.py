@@ -70,10 +70,17 @@ class SumContext:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class PlainConfig:
-    """Unencrypted float32: the server sees every update."""
+    """Unencrypted float32: the server sees every update, so it can use a rule that dishonest devices move less."""
 
     kind: ClassVar[str] = "plain"
+
+    # How updates are combined; metrics are always summed.
+    rule: Literal["mean", "median", "trimmed-mean"] = "mean"
+    trim: Annotated[float, In("(0, 0.5)")] = (
+        0.2  # of "trimmed-mean": share of the devices left out at each end
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,8 @@
 """Plain sums: each update is sent as float32, and the server can read it.
 
+Only here can a rule look at single updates: the median or trimmed mean of each coordinate (Yin, Chen, Ramchandran and
+Bartlett 2018, arXiv 1803.01498) bounds what fewer than half of the devices, or than `trim` of them, can do.
+
 The baseline for encrypted sums, which must agree with it up to quantisation. Use it where noise is added on the
 device, or where devices and server have one owner.
 """
@@ -7,6 +10,7 @@ device, or where devices and server have one owner.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,13 +115,28 @@ class PlainDevice:
         raise AggregationError(f"sums of this run have no exchange {exchange!r}")
 
 
-class PlainServer:
-    """The server's side: adds payloads as they arrive, and none is stored."""
+def combine_robustly(updates: np.ndarray, config: PlainConfig) -> np.ndarray:
+    """The median, trimmed mean or mean of updates (n, d) in each coordinate, times n as a sum would be: (d,).
 
-    def __init__(self, plain: PlainAggregation, round: int, length: int) -> None:
-        """Sum payloads of that round and length."""
-        self._plain, self._round, self._length = plain, round, length
+    The trimmed mean leaves out floor(trim * n) values at each end.
+    """
+    count = len(updates)
+    if config.rule == "median":
+        center: np.ndarray = np.median(updates, axis=0)
+    else:
+        out = math.floor(config.trim * count) if config.rule == "trimmed-mean" else 0
+        center = np.sort(updates, axis=0)[out : count - out].mean(axis=0)
+    return count * center
+
+
+class PlainServer:
+    """The server's side: adds payloads as they arrive; it stores them only for a rule that needs them all."""
+
+    def __init__(self, plain: PlainAggregation, round: int, length: int, config: PlainConfig) -> None:
+        """Combine payloads of that round and length."""
+        self._plain, self._round, self._length, self._config = plain, round, length, config
         self._total: Payload | None = None
+        self._updates: list[np.ndarray] = []
         self._members: set[int] = set()
         self._seen: set[tuple[str, bytes]] = set()
 
@@ -140,6 +159,8 @@ class PlainServer:
             raise AggregationError(
                 "another device sent the same bytes: if two programs use one state folder, stop one"
             )
+        if self._config.rule != "mean":
+            self._updates.append(_values(payload))
         self._total = self._plain.combine([payload] if self._total is None else [self._total, payload])
         self._members.add(member)
         self._seen.add(content)
@@ -153,8 +174,10 @@ class PlainServer:
         return iter(())
 
     def result(self) -> SumResult:
-        """The sum."""
+        """The sum, or what the rule gives in its place."""
         assert self._total is not None
-        return SumResult(
-            total=self._plain.reveal(self._total), members=frozenset(self._members), count=self._total.count
-        )
+        total = self._plain.reveal(self._total)
+        if self._updates:
+            robust = combine_robustly(np.stack(self._updates), self._config)
+            total = torch.from_numpy(robust.astype(np.float32))
+        return SumResult(total=total, members=frozenset(self._members), count=self._total.count)

@@ -73,7 +73,9 @@ def server_sum(
     Raises AggregationError or PrivacyError if full sums do not fit.
     """
     if isinstance(config, PlainConfig):
-        return PlainServer(PlainAggregation(max_devices=agreement.max_devices), context.round, length)
+        plain = PlainAggregation(max_devices=agreement.max_devices)
+        used = config if context.sum_of == "updates" else PlainConfig()
+        return PlainServer(plain, context.round, length, used)
     ring = sum_ring(config, agreement, dp=dp)
     if isinstance(ring, Words):
         ring.noise(length)  # fails before a device is asked

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedface.aggregation.payload import Payload
-from fedface.aggregation.plain import PlainAggregation
+from fedface.aggregation.payload import Payload, PlainConfig
+from fedface.aggregation.plain import PlainAggregation, PlainServer
 from fedface.errors import AggregationError
 
 PLAIN = PlainAggregation(max_devices=4)
@@ -69,3 +69,23 @@ def test_payloads_that_do_not_fit_are_refused() -> None:
         PLAIN.combine([])
     with pytest.raises(AggregationError):
         PLAIN.combine([good] * 5)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (PlainConfig(), [5 * 21.8, 0.0]),  # the mean follows one device
+        (PlainConfig(rule="median"), [5 * 3.0, 0.0]),
+        (PlainConfig(rule="trimmed-mean", trim=0.2), [5 * 3.0, 0.0]),
+        (PlainConfig(rule="trimmed-mean", trim=0.1), [5 * 21.8, 0.0]),  # a tenth of five devices is none
+    ],
+)
+def test_one_dishonest_device_of_five_moves_a_sum_and_not_a_robust_rule(
+    config: PlainConfig, expected: list[float]
+) -> None:
+    """1, 2, 3, 4 and 99: computed by hand, and five times the center where a sum is expected."""
+    server = PlainServer(PlainAggregation(max_devices=5), 1, 2, config)
+    for member, value in enumerate((1.0, 2.0, 3.0, 4.0, 99.0)):
+        server.accept(member, PLAIN.protect(torch.tensor([value, 0.0]), 1), f"device {member}")
+    result = server.result()
+    assert result.total.tolist() == pytest.approx(expected) and result.count == 5

@@ -214,6 +214,22 @@ def test_a_faulty_device_is_named_and_the_round_continues_without_it(
     assert torch.allclose(weights_after(cohort.folder, 1), required, atol=1e-6)
 
 
+def test_with_the_median_a_dishonest_device_does_not_move_the_model(tmp_path: Path) -> None:
+    """An update of 900 public ranges: each weight moves with an honest one."""
+
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if member != 1 or not isinstance(reply, TrainResult):
+            return reply
+        return replace(reply, payload=plain_bytes(torch.full_like(update_of(reply), 900.0)))
+
+    cohort = cohort_of(tmp_path, {**THREE, "aggregation": "{kind: plain, rule: median}"}, tamper)
+    (record,) = rounds(cohort.experiment, cohort).rounds
+    assert len(record.participants) == 3
+    honest_ones = torch.stack([update_of(cohort.replies["TrainTask", 1, member]) for member in (0, 2)])
+    required = flatten_parameters(*tiny_gan().modules()) + honest_ones.amax(0) * ranges_of(cohort.experiment)
+    assert torch.allclose(weights_after(cohort.folder, 1), required, atol=1e-6)
+
+
 def test_too_few_replies_apply_nothing_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     """Two are needed and one came: no checkpoint, and an error with names; the second try costs no further epsilon."""
 
