@@ -18,7 +18,7 @@ import threading
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from types import FrameType
@@ -32,6 +32,7 @@ from rich.table import Table
 
 from fedface.codec import encode
 from fedface.errors import ConfigError, FedfaceError
+from fedface.number_format import SPACE
 from fedface.text import sanitize_text
 
 if sys.stdout is None or sys.stderr is None:  # closed by the shell: `>&-`
@@ -49,8 +50,9 @@ typer.core.HAS_RICH = False
 
 
 def say(text: str | Table, style: str | None = None) -> None:
-    """Print a table, or text on one line however long it is."""
-    console.print(text, style=style, highlight=False, soft_wrap=isinstance(text, str))
+    """Print a table, or text on one line however long it is; what a terminal cannot print becomes a question mark."""
+    is_text = isinstance(text, str)
+    console.print(cell(text) if is_text else text, style=style, highlight=False, soft_wrap=is_text)
 
 
 def note(text: str) -> None:
@@ -58,9 +60,22 @@ def note(text: str) -> None:
     notes.print(text, highlight=False, soft_wrap=True)
 
 
-def table_of(*headings: str, title: str | None = None) -> Table:
-    """An empty table without a frame."""
-    return Table(*headings, box=None, title=title, title_justify="left")
+def table_of(
+    headings: Iterable[str], rows: Iterable[Iterable[object]] = (), *, title: str | None = None
+) -> Table:
+    """A table without a frame."""
+    table = Table(*headings, box=None, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(cell, row))
+    return table
+
+
+def facts_of(rows: Iterable[tuple[str, str]]) -> Table:
+    """Rows of a heading and a sentence, without a frame."""
+    table = Table.grid("heading", "sentence", padding=(0, 2, 0, 0))
+    for heading, sentence in rows:
+        table.add_row(heading, cell(sentence))
+    return table
 
 
 def print_json(value: Any) -> None:
@@ -87,7 +102,7 @@ class ProgressBars:
     def stage(self, name: str, steps: int) -> None:
         """Start the next stage; 0 steps: its length is unknown."""
         self._finish()
-        name = sanitize_text(name, LONGEST)  # it may hold the name of another person's photo
+        name = cell(name)  # it may hold the name of another person's photo
         if not self._live:
             self._progress.console.print(f"{name} ...", highlight=False)
         self._task = int(self._progress.add_task(name, total=steps))
@@ -99,7 +114,7 @@ class ProgressBars:
 
     def message(self, sentence: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(sentence, highlight=False)
+        self._progress.console.print(cell(sentence), highlight=False)
 
     def _finish(self) -> None:
         if self._task is not None:
@@ -119,14 +134,14 @@ def progress_bars() -> Iterator[ProgressBars]:
 
 
 def cell(value: object) -> str:
-    """A value as the text of a table cell."""
+    """A value as text on one line that a terminal can print."""
     if value is None:
         return ""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {cell(part)}" for key, part in value.items())
     if isinstance(value, (tuple, list)):
         return ", ".join(cell(part) for part in value)
-    return sanitize_text(str(value), LONGEST)
+    return sanitize_text(str(value).replace(SPACE, " "), LONGEST)
 
 
 def one_line(text: str) -> str:

@@ -12,7 +12,7 @@ import typer
 from fedface import number_format
 from fedface.aggregation.homomorphic import HomomorphicKeys, Scheme
 from fedface.aggregation.payload import HomomorphicConfig
-from fedface.cli.console import cell, say
+from fedface.cli.console import say
 from fedface.cli.device_plans import existing_ledger, verdict
 from fedface.cli.device_start import check_files, check_registration, check_server
 from fedface.cli.device_status import SUPERNODE_LOG, existing_device, is_connected, is_running
@@ -40,7 +40,7 @@ def device_check(path: Path) -> None:
         except FedfaceError as error:
             sentence, works = str(error), False
             failures += 1
-        say(cell(f"{'ok' if works else 'FAILS':<7}{heading:<9}{sentence}"), style=None if works else "bold")
+        say(f"{'ok' if works else 'FAILS':<7}{heading:<9}{sentence}", style=None if works else "bold")
     if failures:
         say(f"{number_format.counted(failures, 'thing')} will not work.")
         raise typer.Exit(2)
@@ -156,7 +156,7 @@ def _sum_key(state: DeviceState, plans: list[RunPlan]) -> str:
 
 def _disk(folder: Path) -> str:
     free = shutil.disk_usage(folder).free
-    text = f"{number_format.size(free)} free at {folder}".replace(number_format.SPACE, " ")
+    text = f"{number_format.size(free)} free at {folder}"
     if free < MIN_FREE:
         raise ConfigError(f"only {text}; a round may need more")
     return text

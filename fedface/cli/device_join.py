@@ -17,7 +17,7 @@ import typer
 
 from fedface.aggregation.payload import MaskSettings, PlainConfig
 from fedface.atomic_io import create_bytes, locked_folder, replace_bytes
-from fedface.cli.console import cell, note, say
+from fedface.cli.console import note, say
 from fedface.cli.device_service import install_service
 from fedface.cli.run_plan_text import plan_event, plan_price, plan_table
 from fedface.device.config import KEY_FILE, PLANS_FOLDER, check_name, filled_device_file
@@ -65,7 +65,7 @@ class Answers:
             try:
                 return convert(said)
             except ConfigError as error:
-                say(cell(f"  {error}"))
+                say(f"  {error}")
         if default is None:
             raise ConfigError(f"{question}: there is no default; give it with its option")
         return convert(default)
@@ -103,18 +103,16 @@ def _start(file: Path, answers: Answers, *, service: bool) -> None:
     """Install the service, or say how to start the device without one."""
     try:
         if service and answers.confirm("Start it now, and each time you log in"):
-            say(cell(install_service(file)))
+            say(install_service(file))
             say(
-                cell(
-                    f"`fedface device web {file}` shows it in a browser, `fedface device pause {file}` pauses it."
-                )
+                f"`fedface device web {file}` shows it in a browser, `fedface device pause {file}` pauses it."
             )
             return
     except typer.Abort:
         pass
     except FedfaceError as error:
-        say(cell(f"No service was installed: {error}"))
-    say(cell(f"Start it: fedface device start {file}"))
+        say(f"No service was installed: {error}")
+    say(f"Start it: fedface device start {file}")
 
 
 def _join(invite: Invite, folder: Path, answers: Answers) -> None:
@@ -149,17 +147,13 @@ def _join(invite: Invite, folder: Path, answers: Answers) -> None:
     )
     create_bytes(file, content.encode())
     say("")
-    say(cell(f"Joined as {name or registered}. Your settings are in {file}; change them at any time."))
+    say(f"Joined as {name or registered}. Your settings are in {file}; change them at any time.")
     if "homomorphic" in policy.protocols:
         say(
-            cell(
-                f"Missing: {folder / STATE / KEY_FILE}, which encrypts updates and which the server must never have."
-            )
+            f"Missing: {folder / STATE / KEY_FILE}, which encrypts updates and which the server must never have."
         )
         say(
-            cell(
-                f"  the first device of the run: fedface device keygen {folder / STATE / KEY_FILE} --device {file}"
-            )
+            f"  the first device of the run: fedface device keygen {folder / STATE / KEY_FILE} --device {file}"
         )
         say("  every other: copy the file that it names from the first device, not by way of the server")
 
@@ -194,7 +188,7 @@ def _decide(plan: RunPlan, answers: Answers) -> tuple[Path, str, DevicePolicy]:
     say(
         "The privacy budget is for all runs together, as long as you keep these photos; smaller is more private."
     )
-    say(cell(policy.budgets[0].meaning()))
+    say(policy.budgets[0].meaning())
     policy = answers.get(
         answers.epsilon,
         "Budget (Enter: enough for this run, and for one round again after a crash)",

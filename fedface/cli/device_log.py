@@ -11,7 +11,7 @@ import typer
 
 from fedface import number_format
 from fedface.atomic_io import check_output, create_bytes, write_output
-from fedface.cli.console import cell, print_json, progress_bars, say, warn
+from fedface.cli.console import print_json, progress_bars, say, warn
 from fedface.device.config import check_kind, is_accessible_to_others
 from fedface.device.state import DeviceState, device_state, export, known_runs
 from fedface.device.withdrawal import (
@@ -80,35 +80,34 @@ def warn_if_accessible(state: Path) -> None:
 
 
 def _print_log(log: DeviceLog, *, no_dp_allowed: bool) -> None:
-    _say(f"What left {log.device}{'' if log.run is None else f' for {log.run}'}, newest last")
+    say(f"What left {log.device}{'' if log.run is None else f' for {log.run}'}, newest last")
     if not log.records:
-        _say("Nothing was sent.")
+        say("Nothing was sent.")
     for logged in log.records:
         _print_record(logged)
-    _say("")
+    say("")
     payloads = "1 payload" if len(log.transmissions) == 1 else f"{len(log.transmissions)} payloads"
-    _say(f"Together: {number_format.size(log.bytes)} in {payloads}.".replace(number_format.SPACE, " "))
+    say(f"Together: {number_format.size(log.bytes)} in {payloads}.")
     for budget in log.budgets:
-        _say(budget.describe() + (" (all runs together)" if log.run is not None else ""))
+        say(budget.describe() + (" (all runs together)" if log.run is not None else ""))
         if (over := overspending(budget.spent.upper, budget.budget, no_dp_allowed=no_dp_allowed)) is not None:
-            _say(f"{over[0].upper()}{over[1:]}.")
+            say(f"{over[0].upper()}{over[1:]}.")
     if log.unsent:
         numbers = ", ".join(str(entry.number) for entry in log.unsent)
-        _say(f"Recorded and not sent: entries {numbers}. They count as spent.")
+        say(f"Recorded and not sent: entries {numbers}. They count as spent.")
     for name, when in log.withdrawn.items():
-        _say(f"You withdrew from {name}: only refusals have been sent to it since {moment(when)}.")
+        say(f"You withdrew from {name}: only refusals have been sent to it since {moment(when)}.")
     if log.transmissions:
-        _say("Not covered by these numbers:")
+        say("Not covered by these numbers:")
         _list(device_log_text.not_covered(log.without_noise))
 
 
 def _print_record(logged: LoggedRecord) -> None:
     record = logged.record
-    _say(f"{record.number:>4}  {', '.join(logged.when())}  {logged.what()}")
+    say(f"{record.number:>4}  {', '.join(logged.when())}  {logged.what()}")
     if isinstance(record, Transmission):
-        size = number_format.size(record.bytes).replace(number_format.SPACE, " ")
-        _say(f"      {size} to {record.receiver}; {record.protection}")
-        _say(f"      cost: {logged.cost()}")
+        say(f"      {number_format.size(record.bytes)} to {record.receiver}; {record.protection}")
+        say(f"      cost: {logged.cost()}")
 
 
 def device_withdraw(device: Path, run: str, reason: str, yes: bool) -> None:
@@ -116,14 +115,14 @@ def device_withdraw(device: Path, run: str, reason: str, yes: bool) -> None:
     state = open_device(device)
     mine = withdrawal_impact(state, run)
     if mine.withdrawn is None:
-        _say(f"Withdrawing from {run}:")
+        say(f"Withdrawing from {run}:")
         _list(mine.ahead())
-        _say("What cannot be undone:")
+        say("What cannot be undone:")
         _list(mine.lasting())
         confirm(f"Withdraw from {run}", yes)
     deleted = withdraw(state, run, reason)
     when = "now" if mine.withdrawn is None else f"already, on {moment(mine.withdrawn)}"
-    _say(f"You have withdrawn from {run} {when}; stored replies deleted: {deleted}.")
+    say(f"You have withdrawn from {run} {when}; stored replies deleted: {deleted}.")
 
 
 def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: bool, yes: bool) -> None:
@@ -139,23 +138,23 @@ def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: 
         # Written by this very command before it was cut short, or something else that must not be lost.
         if not _is_copy(export_to, state):
             raise ConfigError(f"{export_to}: is there already, and is not overwritten; name another file")
-        _say(f"{export_to} is an export of the ledger as it is.")
+        say(f"{export_to} is an export of the ledger as it is.")
         export_to = None
     plan = files_to_erase(state, ledger=ledger)
-    _say(f"Erasing what {state.config.name} stores:")
+    say(f"Erasing what {state.config.name} stores:")
     _list([str(file) for file in plan if file.found] or ["no file of it is there"])
     for file in plan:
         if not file.found:
-            _say(f"{file}.")
-    _say("What it means:")
+            say(f"{file}.")
+    say("What it means:")
     _list(["Stop the device first: while it works, it may write anew what is deleted here."])
     _list(describe_erasure(state, ledger=ledger))
     confirm("Erase it", yes)
     if export_to is not None:
         create_bytes(export_to, _copy(state).encode())
-        _say(f"Wrote {export_to}.")
+        say(f"Wrote {export_to}.")
     for sentence in erase(state, ledger=ledger).describe():
-        _say(sentence)
+        say(sentence)
 
 
 def _is_copy(file: Path, state: DeviceState) -> bool:
@@ -188,14 +187,10 @@ def confirm(question: str, yes: bool) -> None:
             "there is no terminal to confirm on, so nothing was done; --yes continues without confirmation"
         )
     if not yes and not typer.confirm(f"{question}?"):
-        _say("Nothing was done.")
+        say("Nothing was done.")
         raise typer.Exit(1)
 
 
 def _list(sentences: Sequence[str]) -> None:
     for sentence in sentences:
-        _say(f"  - {sentence}")
-
-
-def _say(text: str) -> None:
-    say(cell(text))
+        say(f"  - {sentence}")

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from fedface.aggregation.payload import purpose_of
 from fedface.atomic_io import replace_bytes
-from fedface.cli.console import cell, print_json, say, table_of
+from fedface.cli.console import print_json, say, table_of
 from fedface.cli.device_log import confirm
 from fedface.cli.device_status import existing_device
 from fedface.cli.policy_report import PolicyReport
@@ -100,10 +100,9 @@ def device_plans(device: Path, remove: str | None, json_out: bool) -> None:
             ]
         )  # fmt: skip
         return
-    table = table_of("run plan", "run", "cost of the whole run", "this device")
-    for plan_hash, plan, price, _, why in found:
-        table.add_row(plan_hash[:SHORT], cell(plan.name), str(price), cell(why))
-    say(table if found else "No run plan is admitted: every request is refused.")
+    headings = ("run plan", "run", "cost of the whole run", "this device")
+    rows = [(plan_hash[:SHORT], plan.name, price, why) for plan_hash, plan, price, _, why in found]
+    say(table_of(headings, rows) if found else "No run plan is admitted: every request is refused.")
 
 
 def device_admit(device: Path, plan_hash: str, yes: bool) -> None:
@@ -122,13 +121,13 @@ def device_admit(device: Path, plan_hash: str, yes: bool) -> None:
     with existing_ledger(state) as ledger:
         fits, why = verdict(signed.plan, state, ledger)
     say("")
-    say(cell(f"This run {why}."))
+    say(f"This run {why}.")
     if yes and not fits:
         raise ConfigError(f"the run {signed.plan.name} {why}; it was not admitted")
     confirm(f"Admit the run {signed.plan.name}", yes)
     plans.folder.mkdir(exist_ok=True, mode=0o700)
     replace_bytes(plans.path(signed.hash), signed.to_bytes(), mode=0o600)
-    say(cell(f"Admitted. `fedface device plans {device} --remove {plan_hash[:SHORT]}` takes it back."))
+    say(f"Admitted. `fedface device plans {device} --remove {plan_hash[:SHORT]}` takes it back.")
 
 
 def _named(plans: AdmittedPlans, beginning: str) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from fedface.atomic_io import check_output, has_mark, write_output
-from fedface.cli.console import cell, one_line, say
+from fedface.cli.console import one_line, say
 from fedface.cli.device_status import existing_device
 from fedface.cli.service_files import (
     Service,
@@ -118,12 +118,8 @@ def install_service(device: Path) -> str:
 
 def device_service(device: Path) -> None:
     """`fedface device service`."""
-    say(cell(install_service(device)))
-    say(
-        cell(
-            f"`fedface device status {device}` shows its state; `fedface device uninstall {device}` removes it."
-        )
-    )
+    say(install_service(device))
+    say(f"`fedface device status {device}` shows its state; `fedface device uninstall {device}` removes it.")
 
 
 def device_uninstall(device: Path) -> None:
@@ -133,11 +129,11 @@ def device_uninstall(device: Path) -> None:
     service = _service_of(device, config)
     if service.file.exists() and has_mark(service.file, service.mark):
         for failure in _run_all(service.off):
-            say(cell(f"{failure}; its file is removed regardless"))
+            say(f"{failure}; its file is removed regardless")
         service.file.unlink()
-        say(cell(f"Removed {service.file}: this device no longer starts by itself."))
+        say(f"Removed {service.file}: this device no longer starts by itself.")
     else:
-        say(cell(f"{config.name} has no service here."))
+        say(f"{config.name} has no service here.")
     for sentence in (
         f"What stays: your photos, as they were; {device}, the node key, and in {config.state} the ledger, which knows "
         "what these photos have spent. Keep it as long as the photos.",
@@ -145,7 +141,7 @@ def device_uninstall(device: Path) -> None:
         "leaves a run for good, and the server's operator can revoke the device.",
         f"`fedface device erase {device}` deletes stored replies, the key for sums and the photo index.",
     ):
-        say(cell(sentence))
+        say(sentence)
 
 
 def _run_all(commands: Sequence[Sequence[str]]) -> list[str]:

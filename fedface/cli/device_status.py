@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedface.atomic_io import replace_bytes
-from fedface.cli.console import cell, print_json, say, table_of
+from fedface.cli.console import facts_of, print_json, say
 from fedface.cli.device_log import open_device
 from fedface.device.config import PAUSED_FILE, PLANS_FOLDER, check_state_folder
 from fedface.device.state import DeviceState
@@ -139,18 +139,15 @@ def device_status(device: Path, json_out: bool) -> None:
     if json_out:
         print_json(status.record())
         return
-    table = table_of("", "")
-    table.show_header = False
-    for heading, sentence in (
+    rows = (
         ("Device", f"{now.name}: {_state(now, device)}"),
         *((("Now", f"takes no part: {now.ended or now.not_now}"),) if now.ended or now.not_now else ()),
         *(("Budget", budget.describe()) for budget in status.budgets),
         ("Last sent", _last(status.last)),
         ("Runs", f"{len(status.plans)} admitted; `fedface device plans {device}` lists them"),
         ("Page", f"`fedface device web {device}` shows all this, and what left, in a browser"),
-    ):
-        table.add_row(heading, cell(sentence))
-    say(table)
+    )
+    say(facts_of(rows))
 
 
 def _state(now: WorkingState, device: Path) -> str:
@@ -185,9 +182,7 @@ def device_pause(device: Path) -> None:
     """`fedface device pause`."""
     pause(existing_device(device))
     say(
-        cell(
-            f'Paused: every task is refused until `fedface device resume {device}`; the server sees only "not now".'
-        )
+        f'Paused: every task is refused until `fedface device resume {device}`; the server sees only "not now".'
     )
 
 
@@ -196,7 +191,7 @@ def device_resume(device: Path) -> None:
     state = existing_device(device)
     resume(state)
     running = "" if is_running(state.config.state) else f", once it runs: fedface device start {device}"
-    say(cell(f"Resumed: tasks that the policy allows are answered{running}."))
+    say(f"Resumed: tasks that the policy allows are answered{running}.")
 
 
 def existing_device(device: Path) -> DeviceState:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedface import number_format
 from fedface.atomic_io import create_bytes
-from fedface.cli.console import cell, print_json, progress_bars, say, table_of
+from fedface.cli.console import print_json, progress_bars, say, table_of
 from fedface.cli.device_log import open_device, warn_if_accessible
 from fedface.device.config import is_accessible_to_others, read_device_file
 from fedface.device.state import LedgerFiles, export
@@ -139,24 +139,28 @@ def ledger_show(path: Path, delta: float | None, unit: str | None, all_totals: b
         say(f"totals of {len(so_far)} of {len(entries)} entries; --all-totals prices them all")
     own = "a run's own guarantee may have another delta or unit"
     if chosen.unit is None:
-        own += f"; for another price: fedface ledger show {cell(path)} --delta 1e-6"
+        own += f"; for another price: fedface ledger show {path} --delta 1e-6"
         own += "" if shown_unit == "photo" else " --unit photo"
     say(f"spent: {spent} ({own})")
 
 
 def _table(entries: list[LedgerEntry], alone: dict[int, Epsilon], so_far: dict[int, Epsilon]) -> Table:
-    table = table_of(
-        "no.", "written (UTC)", "run", "round", "what", "per", "noise", "this alone", "all so far"
-    )
-    for entry in entries:
-        again = f" (attempt {entry.attempt})" if entry.attempt > 1 else ""
-        cells = (
-            entry.number, entry.written[:16].replace("T", " "), entry.run,
-            f"{entry.round}{again}", _released(entry), entry.unit, _noise(entry.metadata.get("noise_multiplier")),
-            _bounds(alone[entry.number]), _bounds(so_far[entry.number]) if entry.number in so_far else "",
-        )  # fmt: skip
-        table.add_row(*map(cell, cells))
-    return table
+    headings = ("no.", "written (UTC)", "run", "round", "what", "per", "noise", "this alone", "all so far")
+    rows = [
+        (
+            entry.number,
+            entry.written[:16].replace("T", " "),
+            entry.run,
+            f"{entry.round} (attempt {entry.attempt})" if entry.attempt > 1 else entry.round,
+            _released(entry),
+            entry.unit,
+            _noise(entry.metadata.get("noise_multiplier")),
+            _bounds(alone[entry.number]),
+            _bounds(so_far[entry.number]) if entry.number in so_far else "",
+        )
+        for entry in entries
+    ]
+    return table_of(headings, rows)
 
 
 def _noise(recorded: str | None) -> str:
@@ -204,7 +208,7 @@ def ledger_verify(path: Path, json_out: bool) -> None:
         )
     )
     seen = f"the witness {witness} agrees" if witness else "it has no witness"
-    say(f"ledger {cell(files.path)}: ok, {counts}, head {snapshot.head}; {cell(seen)}")
+    say(f"ledger {files.path}: ok, {counts}, head {snapshot.head}; {seen}")
 
 
 def ledger_export(path: Path, out: Path | None, delta: float | None, unit: str | None) -> None:

@@ -48,7 +48,7 @@ def scan(
         record = {"scan": asdict(done), "summary": asdict(found), "files": [asdict(row) for row in lines]}
         print_json(record)
         return
-    table = table_of()
+    table = table_of(())
     for heading in ("file", "kind", "pixels", "taken", "place", "faces", "why not"):
         table.add_column(heading, overflow="ellipsis", no_wrap=heading != "why not", max_width=44)
     for row in lines[:rows]:
@@ -111,10 +111,10 @@ def audit_detectors(
     if json_out:
         print_json([{**asdict(rate), "interval": [rate.interval.low, rate.interval.high]} for rate in rates])
         return
-    table = table_of("group", "photos", *(finder.name for finder in finders))
+    rows = []
     for group in dict.fromkeys(rate.group for rate in rates):
-        row = {rate.detector: rate for rate in rates if rate.group == group}
-        rated = [rate.interval for rate in row.values()]
-        cells = [f"{one.estimate:.0%} [{one.low:.0%}, {one.high:.0%}]" for one in rated]
-        table.add_row(group, str(next(iter(row.values())).count), *cells)
-    say(table)
+        of_group = [rate for rate in rates if rate.group == group]
+        found = [rate.interval for rate in of_group]
+        cells = [f"{one.estimate:.0%} [{one.low:.0%}, {one.high:.0%}]" for one in found]
+        rows.append([group, of_group[0].count, *cells])
+    say(table_of(["group", "photos", *(finder.name for finder in finders)], rows))

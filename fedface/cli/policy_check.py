@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedface.cli.console import cell, print_json, say
+from fedface.cli.console import print_json, say
 from fedface.cli.policy_report import PolicyReport
 from fedface.codec import encode
 from fedface.config import read, section
@@ -117,7 +117,7 @@ def print_report(file: Path, source: PolicyFile, spent: Sequence[float], report:
     if (reason := _now(source.policy)) is not None:
         lines.append(f"not now: {reason}")
     for line in lines:
-        say(cell(line))
+        say(line)
 
 
 def print_report_as_json(source: PolicyFile, spent: Sequence[float], report: PolicyReport | None) -> None:

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from fedface import number_format
 from fedface.aggregation.payload import AggregationConfig, HomomorphicConfig, MaskSettings
-from fedface.cli.console import cell
+from fedface.cli.console import facts_of
 from fedface.measurements import Epsilon
 from fedface.messages.run_plan import RunPlan
 from fedface.privacy.accounting import epsilon_of
@@ -18,10 +18,7 @@ from fedface.privacy_units import Unit, describe_unit
 
 def plan_table(plan: RunPlan, *, delta: float, unit: Unit) -> Table:
     """A plan as rows of a heading and a sentence, its cost at a device's delta and unit."""
-    table = Table.grid("heading", "sentence", padding=(0, 2, 0, 0))
-    for heading, sentence in describe_plan(plan, delta=delta, unit=unit):
-        table.add_row(heading, cell(sentence))
-    return table
+    return facts_of(describe_plan(plan, delta=delta, unit=unit))
 
 
 def describe_plan(plan: RunPlan, *, delta: float, unit: Unit) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedface.atomic_io import one_at_a_time, replace_text
-from fedface.cli.console import cell, print_json, say, table_of
+from fedface.cli.console import print_json, say, table_of
 from fedface.cli.server_flower import flower, read_ports
 from fedface.codec import dumps, load
 from fedface.config import text_of
@@ -116,10 +116,7 @@ def server_devices(folder: Path, *, as_json: bool) -> None:
     if not rows:
         say("no device is registered")
         return
-    table = table_of("device", "state", "since", "node")
-    for row in rows:
-        table.add_row(*(cell(row[key]) for key in ("name", "state", "since", "node")))
-    say(table)
+    say(table_of(("device", "state", "since", "node"), (row.values() for row in rows)))
 
 
 def device_rows(folder: Path) -> list[dict[str, str | None]]:

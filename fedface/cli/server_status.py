@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedface.cli.console import cell, print_json, say
+from fedface.cli.console import print_json, say
 from fedface.cli.server_certificates import read_certificate
 from fedface.cli.server_devices import device_rows, read_devices
 from fedface.cli.server_flower import is_running, read_ports
@@ -159,7 +159,7 @@ def _lines(status: ServerStatus) -> Iterator[str]:
         f", {states.count('online')} online" if status.running else ""
     )
     if others:
-        yield cell(f"  not online: {', '.join(others)}")
+        yield f"  not online: {', '.join(others)}"
     if status.run is None:
         yield "runs: none was started"
         return
@@ -167,11 +167,11 @@ def _lines(status: ServerStatus) -> Iterator[str]:
     yield f"run {run.name}: {run.state}" + (f": {run.reason}" if run.reason else "")
     if run.progress is not None and run.state in ("going on", "unknown"):
         steps = f", {run.progress.done} of {run.progress.steps} done" if run.progress.steps > 1 else ""
-        yield f"  {cell(run.progress.stage)}{steps}, since {run.progress.since}"
+        yield f"  {run.progress.stage}{steps}, since {run.progress.since}"
     if run.round:
-        yield cell(f"  round {run.round} finished with {', '.join(run.participants)}")
+        yield f"  round {run.round} finished with {', '.join(run.participants)}"
     for name, reason in run.refusals.items():
-        yield cell(f"  refused: {name}: {reason}")
+        yield f"  refused: {name}: {reason}"
     for name, reason in run.dropped.items():
-        yield cell(f"  no usable answer: {name}: {reason}")
+        yield f"  no usable answer: {name}: {reason}"
     yield f"  folder: {run.folder}"

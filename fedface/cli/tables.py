@@ -32,17 +32,17 @@ def print_run(record: RunRecord, folder: Path) -> None:
     for sentence in headline_summary.headline_summary(record):
         say(sentence)
     metrics = ("consistency_error", "skin_difference")
-    table = table_of(
+    headings = (
         "group", "photos", "consistency error before", "after", "colour difference before", "after",
-        title="Metrics by group",
     )  # fmt: skip
+    rows = []
     before, after = record.bias_before, record.bias_after
     if isinstance(before, BiasRecord) and isinstance(after, BiasRecord):
         for group, count in before.report.counts.items():
             served = [audit.report.groups.get(group) for audit in (before, after)]
             cells = [table_cell(one[name]) if one else "not measured" for name in metrics for one in served]
-            table.add_row(group, str(count), *cells)
-    say(table)
+            rows.append((group, count, *cells))
+    say(table_of(headings, rows, title="Metrics by group"))
     for sentence in {attack.scores.shortened for attack in record.attacks} - {""}:
         say(f"warning: {sentence}")
     say(f"open {folder / html_report.FILE}")
@@ -52,11 +52,11 @@ def print_run(record: RunRecord, folder: Path) -> None:
 def print_comparison(record: ComparisonRecord, folder: Path) -> None:
     """One row per training method and epsilon."""
     say(record.question, style="bold")
-    table = table_of("method", "epsilon", "runs", *(TITLES[metric] for metric in METRICS))
-    for method, level, runs in record.rows():
-        cells = [table_cell(record.over_seeds(method, level, metric)) for metric in METRICS]
-        table.add_row(method, level, str(len(runs)), *cells)
-    say(table)
+    rows = [
+        (method, level, len(runs), *(table_cell(record.over_seeds(method, level, name)) for name in METRICS))
+        for method, level, runs in record.rows()
+    ]
+    say(table_of(["method", "epsilon", "runs", *(TITLES[metric] for metric in METRICS)], rows))
     say(
         "epsilon 0: the public model, not trained; ∞: trained without noise; every other epsilon is an upper bound, "
         "per unit, at the delta in the table's file"
@@ -68,13 +68,12 @@ def print_benchmark(record: BenchmarkRecord, path: Path) -> None:
     """One row per upsampling method."""
     say(f"{record.probe}; {record.downscale}")
     titles = map(formatting.title_of, BENCHMARK_METRICS)
-    table = table_of("method", *titles, "darker faces generated", "s per face")
+    rows = []
     for method in record.methods:
         cells = [table_cell(method.bias.report.overall[name]) for name in BENCHMARK_METRICS]
-        table.add_row(
-            method.title, *cells, table_cell(method.darker_generated), f"{method.seconds_per_face:.2g}"
-        )
-    say(table)
+        darker = table_cell(method.darker_generated)
+        rows.append((method.title, *cells, darker, f"{method.seconds_per_face:.2g}"))
+    say(table_of(["method", *titles, "darker faces generated", "s per face"], rows))
     say(
         f"share of darker originals: {table_cell(record.methods[0].darker_true)}; 95 % intervals over "
         f"{record.photos} photos"
@@ -87,10 +86,11 @@ def print_ranking(record: RankingReport, folder: Path) -> None:
     """The candidates' metrics, then the order that they allow."""
     say(record.title(), style="bold")
     titles = map(device_metrics_section.title, DP_METRICS)
-    table = table_of("candidate", "units", *titles, title="All units together")
-    for candidate in record.candidates:
-        table.add_row(candidate.when, *device_metrics_section.texts(candidate.estimates.overall))
-    say(table)
+    rows = [
+        (candidate.when, *device_metrics_section.texts(candidate.estimates.overall))
+        for candidate in record.candidates
+    ]
+    say(table_of(["candidate", "units", *titles], rows, title="All units together"))
     for sentence in device_metrics_section.range_limit_note(record.candidates):
         say(sentence)
     if record.undecided():
@@ -106,27 +106,25 @@ def print_ranking(record: RankingReport, folder: Path) -> None:
 
 
 def _orders(record: RankingReport) -> Table:
-    table = table_of("metric", "for", "order", "not distinguishable", title="Best first")
+    rows = []
     for ranking in record.rankings:
         ties = "; ".join(" and ".join(pair) for pair in ranking.ties) or "none"
         order = ", ".join(ranking.order)
         if ranking.all_tied:
             order, ties = "none", "all candidates"
-        table.add_row(device_metrics_section.title(ranking.metric), ranking.by, order, ties)
-    return table
+        rows.append((device_metrics_section.title(ranking.metric), ranking.by, order, ties))
+    return table_of(("metric", "for", "order", "not distinguishable"), rows, title="Best first")
 
 
 def print_quality(found: Quality, weights: str) -> None:
     """One row for all samples and one per tone group."""
-    table = table_of(
-        "group", "real", "generated", "kernel distance", "Fréchet", "floor", "precision", "recall", "coverage"
-    )
-    for group, metrics in {"all": found.overall, **found.groups}.items():
-        if isinstance(metrics, InsufficientSamples):
-            table.add_row(group, str(metrics.real), str(metrics.generated), str(metrics))
-        else:
-            table.add_row(group, *_quality_cells(metrics))
-    say(table)
+    headings = (
+        "group", "real", "generated", "kernel distance", "Fréchet", "floor", "precision", "recall", "coverage",
+    )  # fmt: skip
+    rows = [
+        (group, *_quality_cells(metrics)) for group, metrics in {"all": found.overall, **found.groups}.items()
+    ]
+    say(table_of(headings, rows))
     say(f"features: {found.identity}")
     say(
         "These values cannot be compared with FID and KID computed on other features, such as published ones."
@@ -134,11 +132,13 @@ def print_quality(found: Quality, weights: str) -> None:
     say(f"weights {weights}; 95 % intervals; floor: the distance between two halves of the real faces")
 
 
-def _quality_cells(metrics: GroupQuality) -> list[str]:
+def _quality_cells(metrics: GroupQuality | InsufficientSamples) -> tuple[object, ...]:
+    if isinstance(metrics, InsufficientSamples):
+        return metrics.real, metrics.generated, metrics
     near, kernel = metrics.neighbours, metrics.kernel
-    return [
-        str(metrics.real),
-        str(metrics.generated),
+    return (
+        metrics.real,
+        metrics.generated,
         f"{kernel.estimate:.4f} [{kernel.low:.4f}, {kernel.high:.4f}]",
         f"{metrics.frechet.plain:.3f}",
         f"{metrics.frechet.floor:.3f}",
@@ -146,4 +146,4 @@ def _quality_cells(metrics: GroupQuality) -> list[str]:
             f"{share.estimate:.2f} [{share.low:.2f}, {share.high:.2f}]"
             for share in (near.precision, near.recall, near.coverage)
         ),
-    ]
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedface.audits.bias import ToneHistogram, tone_histogram
-from fedface.cli.console import LONGEST, ProgressBars
+from fedface.cli.console import ProgressBars
 from fedface.cli.options import Downscale
 from fedface.errors import ConfigError, LibraryError
 from fedface.inference.contact_sheet import NEAREST, MethodRunner, describe_output
@@ -29,7 +29,6 @@ from fedface.models.model import FlowArchitecture, Model, SuperResolutionArchite
 from fedface.photos.face_alignment import Detector
 from fedface.photos.photo_files import describe_skipped
 from fedface.platforms import usable_cores
-from fedface.text import sanitize_text
 from fedface.upsampling.degradation import Area, Bicubic, BicubicPulse, Degradation
 from fedface.upsampling.methods import METHODS, Method, default_method
 from fedface.upsampling.pulse import PulseConfig
@@ -88,7 +87,7 @@ class SheetJob:
     detector: Callable[[], Detector]
     tones: ToneHistogram | None
     bars: ProgressBars
-    describe: Callable[[str], None]  # prints what came of a photo
+    describe: Callable[[str], None]  # prints a line of what came of a photo
 
     def sheets(
         self, photos: Sequence[Path], place: Callable[[Path, int], Path]
@@ -100,8 +99,8 @@ class SheetJob:
             yield path, result
             if not isinstance(result, SkippedPhoto):
                 for sheet in result:
-                    lines = _description(sheet, self.settings)
-                    self.describe("\n".join(sanitize_text(line, LONGEST) for line in lines))
+                    for line in _description(sheet, self.settings):
+                        self.describe(line)
 
 
 def upsample_photo(job: SheetJob, photo: Path, out: Path | None) -> list[dict[str, Any]]:
@@ -134,7 +133,7 @@ def upsample_folder(job: SheetJob, photos: Path, out: Path, settings: dict[str, 
     for path, result in job.sheets(pending, sheets.place):
         sheets.store(path, result)
         if isinstance(result, SkippedPhoto):
-            job.describe(sanitize_text(f"{result.photo}: skipped: {result.reason}", LONGEST))
+            job.describe(f"{result.photo}: skipped: {result.reason}")
     without = sum("skipped" in entry for entry in sheets.found)
     made = sum(len(entry.get("sheets", ())) for entry in sheets.found)
     job.describe(f"{len(pictures)} photos, {made} sheets in {out}, {without} skipped")

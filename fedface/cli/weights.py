@@ -85,7 +85,6 @@ def show(file: FileArgument, json_out: JsonOption = False) -> None:
     from fedface.cli.weights_sheet import describe_model, shorten
     from fedface.models.checkpoint import load_model
     from fedface.models.model_summary import summarize
-    from fedface.text import sanitize_text
 
     model = load_model(file)
     facts = summarize(model)
@@ -95,7 +94,7 @@ def show(file: FileArgument, json_out: JsonOption = False) -> None:
     for line in describe_model(facts):
         say(line)
     for key, value in model.notes.items():
-        say(f"{sanitize_text(key.replace('_', ' '))}: {shorten(value)}")
+        say(f"{key.replace('_', ' ')}: {shorten(value)}")
 
 
 @weights.command("hash", epilog=example("fedface weights hash gan32.safetensors"))
