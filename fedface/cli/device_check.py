@@ -13,9 +13,10 @@ from fedface import number_format
 from fedface.aggregation.homomorphic import HomomorphicKeys, Scheme
 from fedface.aggregation.payload import HomomorphicConfig
 from fedface.cli.console import say
-from fedface.cli.device_plans import existing_ledger, verdict
+from fedface.cli.device_plans import verdict
 from fedface.cli.device_start import check_files, check_registration, check_server
 from fedface.cli.device_status import SUPERNODE_LOG, existing_device, is_connected, is_running
+from fedface.cli.policy_check import ledger_or_empty
 from fedface.device.config import PAUSED_FILE, read_device_config
 from fedface.device.device import admitted_plans
 from fedface.device.state import DeviceState
@@ -124,7 +125,7 @@ def _policy(state: DeviceState, plans: list[RunPlan] | None) -> str:
         raise ConfigError(
             "no run plan is admitted, so every request is refused; `fedface device admit` admits one"
         )
-    with existing_ledger(state) as ledger:
+    with ledger_or_empty(state.ledger.open_existing()) as ledger:
         verdicts = [(plan.name, *verdict(plan, state, ledger)) for plan in plans]
     text = "; ".join(f"the run {name} {why}" for name, _, why in verdicts)
     if not all(fits for _, fits, _ in verdicts):

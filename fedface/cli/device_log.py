@@ -31,7 +31,6 @@ from fedface.reports.device_log_text import moment
 
 
 def device_log(device: Path, run: str | None, page: Path | None, json_out: bool) -> None:
-    """`fedface device log`."""
     if page is not None and page.suffix != ".html":
         raise ConfigError(f"--page {page}: expected a name that ends in .html")
     if page is not None:
@@ -111,7 +110,6 @@ def _print_record(logged: LoggedRecord) -> None:
 
 
 def device_withdraw(device: Path, run: str, reason: str, yes: bool) -> None:
-    """`fedface device withdraw`."""
     state = open_device(device)
     mine = withdrawal_impact(state, run)
     if mine.withdrawn is None:
@@ -126,7 +124,6 @@ def device_withdraw(device: Path, run: str, reason: str, yes: bool) -> None:
 
 
 def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: bool, yes: bool) -> None:
-    """`fedface device erase`."""
     if not ledger and (export_to is not None or no_export):
         raise ConfigError(
             "--export and --no-export need --ledger; `fedface ledger export` copies at any time"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from fedface.aggregation.payload import purpose_of
 from fedface.atomic_io import replace_bytes
 from fedface.cli.console import print_json, say, table_of
 from fedface.cli.device_log import confirm
 from fedface.cli.device_status import existing_device
+from fedface.cli.policy_check import ledger_or_empty
 from fedface.cli.policy_report import PolicyReport
 from fedface.cli.policy_verdicts import Request, judge
 from fedface.cli.run_plan_text import describe_plan, plan_price, plan_table
@@ -64,16 +62,7 @@ def verdict(plan: RunPlan, state: DeviceState, ledger: Ledger) -> tuple[bool, st
     return refusal is None, "fits the policy" if refusal is None else f"would be refused: {refusal}"
 
 
-@contextmanager
-def existing_ledger(state: DeviceState) -> Iterator[Ledger]:
-    """The ledger of a device, or an empty temporary one; none is created in its state folder."""
-    with TemporaryDirectory() as folder:
-        with state.ledger.open_existing() or Ledger.open(Path(folder) / "ledger.sqlite") as ledger:
-            yield ledger
-
-
 def device_plans(device: Path, remove: str | None, json_out: bool) -> None:
-    """`fedface device plans`."""
     state = existing_device(device)
     plans = plans_of(state.config)
     if remove is not None:
@@ -84,7 +73,7 @@ def device_plans(device: Path, remove: str | None, json_out: bool) -> None:
         )
         return
     policy, found = state.config.policy, []
-    with existing_ledger(state) as ledger:
+    with ledger_or_empty(state.ledger.open_existing()) as ledger:
         for plan_hash, plan in plans.read().items():
             price = plan_price(plan, delta=policy.delta, unit=policy.unit)
             found.append((plan_hash, plan, price, *verdict(plan, state, ledger)))
@@ -106,7 +95,6 @@ def device_plans(device: Path, remove: str | None, json_out: bool) -> None:
 
 
 def device_admit(device: Path, plan_hash: str, yes: bool) -> None:
-    """`fedface device admit`."""
     state = existing_device(device)
     config, policy = state.config, state.config.policy
     plans = plans_of(config)
@@ -118,7 +106,7 @@ def device_admit(device: Path, plan_hash: str, yes: bool) -> None:
     server = Server(address=config.server, authority=text_of(config.certificate))
     signed = server.fetch_plan(plan_hash, plans.operator)
     say(plan_table(signed.plan, delta=policy.delta, unit=policy.unit))
-    with existing_ledger(state) as ledger:
+    with ledger_or_empty(state.ledger.open_existing()) as ledger:
         fits, why = verdict(signed.plan, state, ledger)
     say("")
     say(f"This run {why}.")

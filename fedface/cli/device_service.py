@@ -117,13 +117,11 @@ def install_service(device: Path) -> str:
 
 
 def device_service(device: Path) -> None:
-    """`fedface device service`."""
     say(install_service(device))
     say(f"`fedface device status {device}` shows its state; `fedface device uninstall {device}` removes it.")
 
 
 def device_uninstall(device: Path) -> None:
-    """`fedface device uninstall`."""
     state = existing_device(device)
     device, config = device.resolve(), state.config
     service = _service_of(device, config)

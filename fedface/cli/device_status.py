@@ -10,12 +10,13 @@ from typing import Any
 from fedface.atomic_io import replace_bytes
 from fedface.cli.console import facts_of, print_json, say
 from fedface.cli.device_log import open_device
+from fedface.cli.policy_check import not_now
 from fedface.device.config import PAUSED_FILE, PLANS_FOLDER, check_state_folder
 from fedface.device.state import DeviceState
 from fedface.platforms import lock, open_to_lock
 from fedface.privacy.hash_chain import utc_now
 from fedface.privacy.ledger_records import Transmission
-from fedface.privacy.participation_conditions import ConditionsNotMet, SystemEnvironment
+from fedface.privacy.participation_conditions import SystemEnvironment
 from fedface.privacy.spending import spent_against
 from fedface.reports.device_log import BudgetStatus, LoggedRecord
 
@@ -83,11 +84,6 @@ def read_working_state(state: DeviceState) -> WorkingState:
     """What a device does now; its ledger is not opened."""
     config, policy, folder = state.config, state.config.policy, state.config.state
     running = is_running(folder)
-    try:
-        policy.conditions.check(SystemEnvironment())
-        not_now = None
-    except ConditionsNotMet as reason:
-        not_now = reason.private
     return WorkingState(
         name=config.name,
         server=config.server,
@@ -95,7 +91,7 @@ def read_working_state(state: DeviceState) -> WorkingState:
         connected=running and is_connected(folder),
         busy=running and is_locked(folder),
         paused=(folder / PAUSED_FILE).exists(),
-        not_now=not_now,
+        not_now=not_now(policy),
         ended=policy.ended(SystemEnvironment()),
     )
 
@@ -132,7 +128,6 @@ def is_connected(state: Path) -> bool:
 
 
 def device_status(device: Path, json_out: bool) -> None:
-    """`fedface device status`."""
     state = existing_device(device)
     status = read_status(state)
     now = status.now
@@ -179,7 +174,6 @@ def resume(state: DeviceState) -> None:
 
 
 def device_pause(device: Path) -> None:
-    """`fedface device pause`."""
     pause(existing_device(device))
     say(
         f'Paused: every task is refused until `fedface device resume {device}`; the server sees only "not now".'
@@ -187,7 +181,6 @@ def device_pause(device: Path) -> None:
 
 
 def device_resume(device: Path) -> None:
-    """`fedface device resume`."""
     state = existing_device(device)
     resume(state)
     running = "" if is_running(state.config.state) else f", once it runs: fedface device start {device}"

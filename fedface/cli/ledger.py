@@ -27,7 +27,6 @@ DEFAULT_DELTA = 1e-5  # of a ledger without a policy: an entry records its unit,
 
 
 def device_keygen(out: Path, device: Path | None, experiment: Path | None) -> None:
-    """`fedface device keygen`."""
     from fedface.aggregation.protocols import make_keys
     from fedface.device.config import KEY_FILE
     from fedface.device.device import admitted_plans
@@ -106,7 +105,6 @@ def _priced_ledger(path: Path, delta: float | None = None, unit: str | None = No
 
 
 def ledger_show(path: Path, delta: float | None, unit: str | None, all_totals: bool, json_out: bool) -> None:
-    """`fedface ledger show`."""
     chosen = _priced_ledger(path, delta, unit)
     snapshot = chosen.ledger.verify()
     entries = snapshot.entries
@@ -183,7 +181,6 @@ def _released(entry: LedgerEntry) -> str:
 
 
 def ledger_verify(path: Path, json_out: bool) -> None:
-    """`fedface ledger verify`."""
     files = _priced_ledger(path).ledger
     snapshot = files.verify()
     witness = files.witness_file if files.witnessed else None
@@ -212,7 +209,6 @@ def ledger_verify(path: Path, json_out: bool) -> None:
 
 
 def ledger_export(path: Path, out: Path | None, delta: float | None, unit: str | None) -> None:
-    """`fedface ledger export`."""
     chosen = _priced_ledger(path, delta, unit)
     snapshot = chosen.ledger.verify()
     text = export(snapshot, delta=chosen.delta, unit=chosen.unit_of(snapshot.entries), now=utc_now())

@@ -30,7 +30,7 @@ def policy_check(
     json_out: JsonOption = False,
 ) -> None:
     """Explain what a policy allows, and whether its device would take part in a run."""
-    from fedface.cli.policy_check import ledger_of, print_report, print_report_as_json, read_policy_file
+    from fedface.cli.policy_check import ledger_or_empty, print_report, print_report_as_json, read_policy_file
     from fedface.device.config import check_kind
 
     if experiment is None and set:
@@ -38,7 +38,7 @@ def policy_check(
     if experiment is not None:
         check_kind(experiment, "experiment")
     source, report = read_policy_file(file, ledger), None
-    with ledger_of(source) as session:
+    with ledger_or_empty(source.ledger) as session:
         if experiment is not None:
             from fedface.cli.policy_verdicts import judge_experiment
 

@@ -71,19 +71,17 @@ def _working_state(file: Path) -> DeviceState:
 
 
 @contextmanager
-def ledger_of(source: PolicyFile) -> Iterator[Ledger]:
-    """The existing ledger, or an empty temporary one."""
-    if source.ledger is not None:
-        yield source.ledger
-        return
+def ledger_or_empty(ledger: Ledger | None) -> Iterator[Ledger]:
+    """A ledger, closed on leaving, or an empty temporary one."""
     with TemporaryDirectory() as folder:
-        yield Ledger.open(Path(folder) / "ledger.sqlite")
+        with ledger or Ledger.open(Path(folder) / "ledger.sqlite") as session:
+            yield session
 
 
-def _now(allowed: DevicePolicy) -> str | None:
-    """Why the owner's conditions do not hold now."""
+def not_now(policy: DevicePolicy) -> str | None:
+    """Which of the owner's conditions does not hold now; for the owner alone."""
     try:
-        allowed.conditions.check(SystemEnvironment())
+        policy.conditions.check(SystemEnvironment())
     except ConditionsNotMet as reason:
         return reason.private
     return None
@@ -104,7 +102,6 @@ def _spending(source: PolicyFile, spent: Sequence[float]) -> list[str]:
 
 
 def print_report(file: Path, source: PolicyFile, spent: Sequence[float], report: PolicyReport | None) -> None:
-    """For people, in sentences."""
     ended = source.policy.ended(SystemEnvironment())
     lines = [
         *([] if report is None else report.describe()),
@@ -114,14 +111,13 @@ def print_report(file: Path, source: PolicyFile, spent: Sequence[float], report:
         *_spending(source, spent),
         *(f"warning: {warning}" for warning in source.warnings),
     ]
-    if (reason := _now(source.policy)) is not None:
+    if (reason := not_now(source.policy)) is not None:
         lines.append(f"not now: {reason}")
     for line in lines:
         say(line)
 
 
 def print_report_as_json(source: PolicyFile, spent: Sequence[float], report: PolicyReport | None) -> None:
-    """For programs."""
     record = {
         "policy": encode(source.policy),
         "ledger": None if source.ledger_path is None else str(source.ledger_path),
@@ -140,6 +136,6 @@ def print_report_as_json(source: PolicyFile, spent: Sequence[float], report: Pol
         "refusal": None if report is None else report.refusal,
         "ended": source.policy.ended(SystemEnvironment()),
         "warnings": list(source.warnings),
-        "not_at_this_moment": _now(source.policy),
+        "not_at_this_moment": not_now(source.policy),
     }
     print_json(record)

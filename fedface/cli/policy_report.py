@@ -17,7 +17,7 @@ class Price:
     requested: float
     spent: float
     together: float
-    rounds_that_fit: int | None  # of the run's rounds; None where the requests differ in rounds
+    rounds_that_fit: int | None = None  # of the run's rounds; None where the requests differ in rounds
 
     def describe(self) -> str:
         """Requested, spent and allowed, in one line."""
@@ -70,7 +70,7 @@ class PolicyReport:
     run: str  # its name, or its experiment's file
     verdicts: tuple[Verdict, ...]
     together: CombinedVerdict | None  # None: one request, or one that is refused regardless of its cost
-    privacy: str | None  # the recipe's guarantee, where its delta or unit differs from this device's
+    privacy: str | None = None  # the recipe's guarantee, where its delta or unit differs from this device's
 
     @property
     def refusal(self) -> str | None:
@@ -81,23 +81,16 @@ class PolicyReport:
 
     def describe(self) -> list[str]:
         """The response, then the costs behind it."""
-        return [
-            f"this device would take part in {self.run}"
-            if self.refusal is None
-            else f"this device would refuse {self.run}: {self.refusal}",
-            *(f"  {line}" for verdict in self.verdicts for line in verdict.describe(self.refusal)),
-            *(
-                []
-                if self.together is None
-                else [f"  {line}" for line in self.together.describe(self.refusal)]
-            ),
-            *([] if self.privacy is None else [f"  {self.privacy}"]),
-            *(
-                []
-                if (enough := self.sufficient_budget) is None
-                else [f"  Setting max_epsilon to {enough:g} (same delta) would allow this run."]
-            ),
-        ]
+        refusal = self.refusal
+        details = [line for verdict in self.verdicts for line in verdict.describe(refusal)]
+        if self.together is not None:
+            details += self.together.describe(refusal)
+        if self.privacy is not None:
+            details.append(self.privacy)
+        if (enough := self.sufficient_budget) is not None:
+            details.append(f"Setting max_epsilon to {enough:g} (same delta) would allow this run.")
+        answer = f"take part in {self.run}" if refusal is None else f"refuse {self.run}: {refusal}"
+        return [f"this device would {answer}", *(f"  {line}" for line in details)]
 
     @property
     def sufficient_budget(self) -> float | None:

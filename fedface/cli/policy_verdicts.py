@@ -61,7 +61,7 @@ def judge(run: str, requests: Sequence[Request], allowed: DevicePolicy, ledger: 
     together = None
     if priced and len(verdicts) > 1:
         together = _together([request.dp for request in requests], unconditional, ledger, verdicts)
-    return PolicyReport(run=run, verdicts=verdicts, together=together, privacy=None)
+    return PolicyReport(run=run, verdicts=verdicts, together=together)
 
 
 def _verdict(request: Request, allowed: DevicePolicy, ledger: Ledger) -> Verdict:
@@ -92,9 +92,7 @@ def _verdict(request: Request, allowed: DevicePolicy, ledger: Ledger) -> Verdict
 
 def _price(event: Event, unit: Unit, limit: Budget, ledger: Ledger) -> Price:
     alone, so_far, together = ledger.price(event, limit, run_unit=unit)
-    return Price(
-        limit=limit, requested=alone.upper, spent=so_far.upper, together=together.upper, rounds_that_fit=None
-    )
+    return Price(limit=limit, requested=alone.upper, spent=so_far.upper, together=together.upper)
 
 
 def _together(

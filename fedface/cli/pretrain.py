@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -22,7 +21,16 @@ LightFractionOption = Annotated[
 StepFractionOption = Annotated[
     float, typer.Option(min=0.0001, max=1, help="Run only this fraction of all steps, to try it out.")
 ]
-OutOption = Annotated[Path, typer.Option(help="The checkpoint to write.")]
+
+
+def _checked_place(out: Path) -> Path:
+    from fedface.models.checkpoint import check_place
+
+    check_place(out)
+    return out
+
+
+OutOption = Annotated[Path, typer.Option(help="The checkpoint to write.", callback=_checked_place)]
 
 pretrain = typer.Typer(
     help="Train the bundled checkpoints from synthetic faces.", no_args_is_help=True, rich_markup_mode=None
@@ -37,15 +45,11 @@ def pretrain_gan_command(
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
     """Train the StyleGAN2 generator and discriminator; the defaults reproduce the bundled checkpoint."""
-    from fedface.models.checkpoint import check_place
     from fedface.training.pretrain_gan import GanPretrainConfig, pretrain_gan
 
-    check_place(out)
     full = GanPretrainConfig(seed=seed, light_fraction=light_fraction)
     config = _scaled(full, step_fraction, "paired_steps", "adversarial_steps")
-    with _report() as report:
-        gan = pretrain_gan(config, report)
-    _write(out, gan)
+    _write(out, _pretrained(pretrain_gan, config))
 
 
 @pretrain.command("flow", epilog=example("fedface pretrain flow --size 32 --step-fraction 0.01"))
@@ -57,18 +61,14 @@ def pretrain_flow_command(
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
     """Train the rectified flow; the defaults reproduce the bundled checkpoint."""
-    from fedface.models.checkpoint import check_place
     from fedface.training.pretrain_flow import FlowPretrainConfig, pretrain_flow
 
     full = FlowPretrainConfig(seed=seed, light_fraction=light_fraction)
     if size not in (16, 32, 64):
         raise ConfigError(f"--size must be 16, 32 or 64, got {size}")
-    check_place(out)
     flow_config = replace(full.flow, size=cast(Literal[16, 32, 64], size))
     config = _scaled(replace(full, flow=flow_config), step_fraction, "steps")
-    with _report() as report:
-        flow = pretrain_flow(config, report)
-    _write(out, flow)
+    _write(out, _pretrained(pretrain_flow, config))
 
 
 @pretrain.command("encoder", epilog=example("fedface pretrain encoder --step-fraction 0.01"))
@@ -82,11 +82,10 @@ def pretrain_encoder_command(
     import torch
 
     from fedface.codec import encode
-    from fedface.models.checkpoint import check_place, weights_hash
+    from fedface.models.checkpoint import weights_hash
     from fedface.models.model import EncoderArchitecture, Model
     from fedface.training.pretrain_encoder import EncoderPretrainConfig, pretrain_encoder
 
-    check_place(out)
     generator = _unconditional_generator(checkpoint)
     full = EncoderPretrainConfig(seed=seed)
     encoder_config = replace(full.encoder, size=generator.size, latent_width=generator.latent_width)
@@ -94,8 +93,7 @@ def pretrain_encoder_command(
     if checkpoint is not None:  # only the bundled generator's latents are the parameters of synthetic faces
         config = replace(config, pool=0)
     started = time.monotonic()
-    with _report() as report:
-        encoder = pretrain_encoder(generator, config, report)
+    encoder = _pretrained(pretrain_encoder, generator, config)
     notes = {
         "made_by": "fedface pretrain encoder",
         "recipe": encode(config),
@@ -115,22 +113,17 @@ def pretrain_style_encoder_command(
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
     """Train the style encoder: a low-resolution photo to the styles of a generator, in one forward pass."""
-    from fedface.models.checkpoint import check_place
     from fedface.models.style_encoder import StyleEncoderNetworkConfig
     from fedface.training.pretrain_upsampler import UpsamplerPretrainConfig, pretrain_style_encoder
 
-    check_place(out)
     generator = _unconditional_generator(checkpoint)
     shape = StyleEncoderNetworkConfig(
         side=generator.size // 2,
         style_inputs=generator.style_inputs,
         style_width=generator.config.style_width,
     )
-    with _report() as report:
-        styled = pretrain_style_encoder(
-            generator, _scaled(UpsamplerPretrainConfig(seed=seed), step_fraction, "steps"), shape, report
-        )
-    _write(out, styled)
+    config = _scaled(UpsamplerPretrainConfig(seed=seed), step_fraction, "steps")
+    _write(out, _pretrained(pretrain_style_encoder, generator, config, shape))
 
 
 @pretrain.command(
@@ -143,17 +136,13 @@ def pretrain_super_resolution_command(
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
     """Train the super-resolution network, a feed-forward baseline that outputs one face."""
-    from fedface.models.checkpoint import check_place
     from fedface.models.super_resolution import SuperResolutionNetworkConfig
     from fedface.training.pretrain_upsampler import UpsamplerPretrainConfig, pretrain_super_resolution
 
-    check_place(out)
     if size not in (16, 32, 64, 128, 256):
         raise ConfigError(f"--size must be a power of two from 16 to 256, got {size}")
     config = _scaled(UpsamplerPretrainConfig(seed=seed), step_fraction, "steps")
-    with _report() as report:
-        resolved = pretrain_super_resolution(config, SuperResolutionNetworkConfig(side=size // 2), report)
-    _write(out, resolved)
+    _write(out, _pretrained(pretrain_super_resolution, config, SuperResolutionNetworkConfig(side=size // 2)))
 
 
 def _scaled(full: Any, fraction: float, *steps: str) -> Any:
@@ -176,9 +165,8 @@ def _unconditional_generator(checkpoint: Path | None) -> Any:
     return generator
 
 
-@contextmanager
-def _report() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """The progress callback of a pretraining: (stage, step, steps, metrics)."""
+def _pretrained(pretraining: Callable[..., Any], *arguments: Any) -> Any:
+    """What a pretraining returns for these arguments and a callback for (stage, step, steps, metrics)."""
     with progress_bars() as bars:
         stage = ""
 
@@ -192,7 +180,7 @@ def _report() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
                 values = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
                 bars.message(f"{name} {done}: {values}")
 
-        yield progress
+        return pretraining(*arguments, progress)
 
 
 def _write(out: Path, model: Any) -> None:

@@ -16,15 +16,15 @@ from fedface.errors import ConfigError
 
 Key = ec.EllipticCurvePrivateKey
 HASH = hashes.SHA384()
+DAYS = 365  # validity of a server's certificate; an authority's is ten times as long
 
 
-def make_certificates(folder: Path, hosts: list[str], *, days: int = 365) -> None:
+def make_certificates(folder: Path, hosts: list[str]) -> None:
     """Write the four files.
 
     Args:
         folder: For the files; created if missing.
         hosts: Names or addresses at which devices reach the server.
-        days: Validity of the server's certificate, >= 1; the authority's is ten times as long.
 
     Raises:
         ConfigError: One of the files exists, or a host is no name.
@@ -32,17 +32,17 @@ def make_certificates(folder: Path, hosts: list[str], *, days: int = 365) -> Non
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority = ec.generate_private_key(ec.SECP384R1())
     issuer = _named("fedface authority")
-    ours = _begun(issuer, issuer, authority, authority, 10 * days)
+    ours = _begun(issuer, issuer, authority, authority, 10 * DAYS)
     ours = ours.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     ours = ours.add_extension(_usage(signs_certificates=True), critical=True)
     names = [_host(name) for name in dict.fromkeys([*hosts, "localhost", "127.0.0.1"])]
-    server, theirs = _server_certificate(hosts[0], names, authority, days)
+    server, theirs = _server_certificate(hosts[0], names, authority)
     for name, key, certificate in (("ca", authority, ours.sign(authority, HASH)), ("server", server, theirs)):
         create_bytes(folder / f"{name}.key", _pem(key))
         create_bytes(folder / f"{name}.crt", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
 
 
-def renew_certificate(folder: Path, authority_key: Path, *, days: int = 365) -> datetime:
+def renew_certificate(folder: Path, authority_key: Path) -> datetime:
     """Replace the server's certificate and key by new ones for the same hosts, and return until when they are valid.
 
     Devices, which trust the authority, need nothing new.
@@ -50,7 +50,6 @@ def renew_certificate(folder: Path, authority_key: Path, *, days: int = 365) -> 
     Args:
         folder: With `ca.crt`, `server.crt` and `server.key`.
         authority_key: The file `ca.key`.
-        days: Validity, >= 1.
 
     Raises:
         ConfigError: A file is missing or is not what its name says, or the key is not that of `ca.crt`.
@@ -65,7 +64,7 @@ def renew_certificate(folder: Path, authority_key: Path, *, days: int = 365) -> 
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != authority.public_key():
         raise ConfigError(f"{authority_key}: is not the key of {folder / 'ca.crt'}")
     names = list(old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    server, theirs = _server_certificate(str(names[0].value), names, key, days)
+    server, theirs = _server_certificate(str(names[0].value), names, key)
     replace_bytes(folder / "server.key", _pem(server), mode=0o600)
     replace_bytes(folder / "server.crt", theirs.public_bytes(serialization.Encoding.PEM), mode=0o644)
     return theirs.not_valid_after_utc
@@ -80,11 +79,11 @@ def read_certificate(path: Path) -> x509.Certificate:
 
 
 def _server_certificate(
-    name: str, names: list[x509.GeneralName], authority: Key, days: int
+    name: str, names: list[x509.GeneralName], authority: Key
 ) -> tuple[Key, x509.Certificate]:
     """A new key, and the certificate for these names."""
     key = ec.generate_private_key(ec.SECP384R1())
-    begun = _begun(_named(name), _named("fedface authority"), key, authority, days)
+    begun = _begun(_named(name), _named("fedface authority"), key, authority, DAYS)
     begun = begun.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     begun = begun.add_extension(_usage(signs_certificates=False), critical=True)
     begun = begun.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)

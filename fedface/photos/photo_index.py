@@ -141,7 +141,9 @@ class PhotoIndex:
         """
         try:
             if self.path.is_file() and self.path.stat().st_size and not self._is_ours():
-                raise LibraryError(f"{self.path}: {self._foreign()}")
+                raise LibraryError(
+                    f"{self.path}: exists and is not an index of fedface; it stays as it is, name another"
+                )
             self._check_journal()
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -203,15 +205,6 @@ class PhotoIndex:
                 raise LibraryError(
                     f"{self.path}: the index would replace {beside.name}, which fedface did not write; name another"
                 )
-
-    def _foreign(self) -> str:
-        """Why a file without our application id is not overwritten; indexes before version 4 had none."""
-        try:
-            with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-                connection.execute("SELECT path, detector, faces FROM photo LIMIT 1")
-        except sqlite3.Error:
-            return "exists and is not an index of fedface; it stays as it is, name another"
-        return "an index of another version of fedface; delete it and scan again"
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -59,11 +59,7 @@ class Limits:
 
 
 class _DecoderFailed(Exception):
-    """The child ended, or sent what no decoder sends."""
-
-
-class _DecoderTimeout(Exception):
-    """The child did not reply in time."""
+    """The child ended, did not reply in time, or sent what no decoder sends."""
 
 
 class _TimeLimit:
@@ -175,11 +171,7 @@ class SandboxedDecoder:
         except _DecoderFailed as failure:
             self._end()
             self.restarts += 1
-            return PhotoError(str(failure))
-        except _DecoderTimeout as delay:
-            self._end()
-            self.restarts += 1
-            return PhotoError(str(delay))  # not tried again: it would delay every round
+            return PhotoError(str(failure))  # not tried again: a slow photo would delay every round
 
     def _receive(self, count: int, time_limit: _TimeLimit) -> bytearray:
         """Exactly `count` bytes from the child, or the reason why they did not come."""
@@ -189,7 +181,7 @@ class SandboxedDecoder:
         while len(received) < count:
             chunk = os.read(descriptor, min(count - len(received), 1 << 20))
             if time_limit.has_passed:
-                raise _DecoderTimeout(f"took longer than {self._limits.seconds:g} s to decode")
+                raise _DecoderFailed(f"took longer than {self._limits.seconds:g} s to decode")
             if not chunk:
                 raise _DecoderFailed(f"stopped the decoder ({_ending(self._child)})")
             received += chunk
@@ -212,7 +204,7 @@ class SandboxedDecoder:
         try:
             with _TimeLimit(self._child, START_SECONDS) as time_limit:
                 self._receive(HEADER.size, time_limit)
-        except (_DecoderFailed, _DecoderTimeout) as cause:
+        except _DecoderFailed as cause:
             self._end()
             raise LibraryError(f"the process that decodes photos does not start: it {cause}") from cause
 

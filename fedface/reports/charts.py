@@ -7,7 +7,8 @@ placeholder that html_report replaces by a CSS variable, so that a chart follows
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -222,6 +223,16 @@ def error_bars(axes: Axes, points: Points, index: int, label: str, *, linewidth:
         color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], markersize=4.5,
         linewidth=linewidth, elinewidth=1.0, capsize=2,
     )  # fmt: skip
+
+
+@contextmanager
+def panels(
+    count: int, size: tuple[float, float], *, sharey: bool = False
+) -> Iterator[tuple[Canvas, list[Axes]]]:
+    """A figure on white, of this width and height in inches, with panels side by side."""
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=size, layout="constrained", dpi=110)
+        yield canvas, list(canvas.subplots(1, count, sharey=sharey, squeeze=False)[0])
 
 
 def legend_below(canvas: Canvas, axes: Axes, columns: int = 6) -> None:

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
 
 from fedface.audits.sample_quality import TONE_GROUPS
 from fedface.experiment import NO_DP_LABEL
 from fedface.measurements import Interval
-from fedface.reports.charts import FAINT, INK, STYLE, error_bars, face_grid, figure_png, legend_below
+from fedface.reports.charts import FAINT, INK, error_bars, face_grid, figure_png, legend_below, panels
 from fedface.reports.comparison_report import TITLES, UNTRAINED, ComparisonRecord
 from fedface.tensor_types import Images
 
@@ -27,9 +26,7 @@ def against_epsilon(record: ComparisonRecord) -> bytes:
 
     The dashed line is the metric of a second set of faces like the devices'.
     """
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(10.2, 3.3), layout="constrained", dpi=110)
-        row = canvas.subplots(1, len(PANELS))
+    with panels(len(PANELS), (10.2, 3.3)) as (canvas, row):
         for axes, metric in zip(row, PANELS, strict=True):
             _panel(axes, record, metric, None)
             known = record.reference.metric(metric)
@@ -44,9 +41,7 @@ def against_epsilon(record: ComparisonRecord) -> bytes:
 
 def by_group(record: ComparisonRecord, metric: str = "kernel") -> bytes:
     """One metric against epsilon, one panel per tone group from light to dark; PNG."""
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(2.15 * len(TONE_GROUPS), 2.9), layout="constrained", dpi=110)
-        row = canvas.subplots(1, len(TONE_GROUPS), sharey=True, squeeze=False)[0]
+    with panels(len(TONE_GROUPS), (2.15 * len(TONE_GROUPS), 2.9), sharey=True) as (canvas, row):
         for axes, group in zip(row, TONE_GROUPS, strict=True):
             _panel(axes, record, metric, group)
             axes.set_title(group, loc="left", fontsize=9)
@@ -60,9 +55,7 @@ def tone_histograms(record: ComparisonRecord) -> bytes:
     methods, levels = record.methods(), record.levels()
     true = np.array(record.reference.tones.counts) / record.reference.tones.count
     steps = np.arange(1, 11)
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(max(6.2, 2.7 * len(methods)), 2.9), layout="constrained", dpi=110)
-        row = canvas.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    with panels(len(methods), (max(6.2, 2.7 * len(methods)), 2.9), sharey=True) as (canvas, row):
         for axes, method in zip(row, methods, strict=True):
             axes.bar(steps, 100 * true, color=FAINT, width=0.9, label="devices' faces")
             for index, level in enumerate(levels):

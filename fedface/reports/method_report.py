@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure as Canvas
-
 from fedface.atomic_io import replace_bytes, replace_text
 from fedface.codec import dumps
 from fedface.measurements import Interval, Measurement, NotMeasured
 from fedface.reports import formatting
-from fedface.reports.charts import INK, STYLE, error_bars, figure_png, legend_below
+from fedface.reports.charts import INK, error_bars, figure_png, legend_below, panels
 from fedface.reports.markdown import table
 from fedface.reports.run_record import BiasRecord, MachineRecord
 
@@ -127,9 +124,7 @@ def markdown(record: BenchmarkRecord) -> str:
 def by_group(record: BenchmarkRecord) -> bytes:
     """Change in lightness, colour difference and unchanged tone half by group, one colour per method; PNG on white."""
     groups = list(record.methods[0].bias.report.counts)
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(11.0, 3.4), layout="constrained", dpi=110)
-        row = canvas.subplots(1, len(BY_GROUP))
+    with panels(len(BY_GROUP), (11.0, 3.4)) as (canvas, row):
         for axes, metric in zip(row, BY_GROUP, strict=True):
             for index, each in enumerate(record.methods):
                 found = _by_group(each, metric)

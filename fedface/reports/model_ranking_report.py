@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure as Canvas
-
 from fedface import number_format
 from fedface.atomic_io import replace_bytes, replace_text
 from fedface.audits.dp_metric_estimates import GroupEstimates
@@ -23,7 +20,7 @@ from fedface.measurements import Epsilon
 from fedface.privacy.privacy_target import Noise
 from fedface.privacy_units import describe_unit
 from fedface.reports import device_metrics_section
-from fedface.reports.charts import STYLE, error_bars, figure_png, legend_below
+from fedface.reports.charts import error_bars, figure_png, legend_below, panels
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
 from fedface.reports.markdown import code_block, table
 
@@ -94,9 +91,7 @@ def write(record: RankingReport, folder: Path) -> None:
 def chart(record: RankingReport) -> bytes:
     """Each metric by tone group, one mark per candidate, with intervals that include the noise; PNG."""
     groups = _reported(record)
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(max(6.2, 2.6 * len(DP_METRICS)), 3.4), layout="constrained", dpi=110)
-        row = canvas.subplots(1, len(DP_METRICS), squeeze=False)[0]
+    with panels(len(DP_METRICS), (max(6.2, 2.6 * len(DP_METRICS)), 3.4)) as (canvas, row):
         for axes, metric in zip(row, DP_METRICS, strict=True):
             for index, candidate in enumerate(record.candidates):
                 shift = 0.16 * (index - (len(record.candidates) - 1) / 2)
@@ -126,10 +121,8 @@ def _reported(record: RankingReport) -> list[str]:
 
 
 def _suppressed(record: RankingReport) -> list[str]:
-    reported = _reported(record)
-    suppressed = [
-        name for name in device_metrics_section.group_names(record.candidates) if name not in reported
-    ]
+    names, reported = device_metrics_section.group_names(record.candidates), _reported(record)
+    suppressed = [name for name in names if name not in reported]
     return [f"Not in the chart, because they are suppressed: {', '.join(suppressed)}."] if suppressed else []
 
 

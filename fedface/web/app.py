@@ -28,11 +28,11 @@ from fedface.photos.face_crops import TURNS
 from fedface.photos.image_io import MAX_BYTES
 from fedface.reports.charts import pixels_of
 from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
-from fedface.web.background_job import BackgroundCall, BackgroundSearch
+from fedface.web.background_job import BackgroundSearch, in_background
 from fedface.web.events import ResultContext, final_event, progress_event, sheet_of
 from fedface.web.image_encoding import data_uri
 from fedface.web.local_only_middleware import LocalOnlyMiddleware
-from fedface.web.method_catalog import MethodProvider
+from fedface.web.method_provider import MethodProvider
 from fedface.web.session import Session
 from fedface.web.upload import Crop, Reader, Upload
 
@@ -107,9 +107,9 @@ class RequestHandlers:
             if len(content) > MAX_UPLOAD:
                 return _error_response(413, _too_large())
         cancelled = Event()
-        reading = BackgroundCall(lambda: self.reader.read(bytes(content), cancelled))
+        reading = in_background(lambda: self.reader.read(bytes(content), cancelled))
         try:
-            while not reading.done:
+            while not reading.done():
                 await asyncio.sleep(POLL_INTERVAL)
                 # The page is closed or shows another photo: nothing of this one is stored.
                 if request.app.state.stopping() or await request.is_disconnected():

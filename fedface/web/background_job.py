@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -66,32 +67,18 @@ class _Break(Exception):
     """Interrupts an upsampler."""
 
 
-class BackgroundCall(Generic[T]):
-    """A call in a thread of its own, which ends with the process, unlike those of a pool."""
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """Start a call in a thread of its own, which ends with the process, unlike those of a pool."""
+    future: Future[T] = Future()
 
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._result: T | Exception | None = None
-        self._thread = Thread(target=self._run, name="fedface web call", daemon=True)
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        """Whether `result` would return or raise at once."""
-        return not self._thread.is_alive()
-
-    def result(self) -> T:
-        """The return value of the finished call; raises its exception."""
-        self._thread.join()
-        if isinstance(self._result, Exception):
-            raise self._result
-        return self._result  # type: ignore[return-value]
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            self._result = self._work()
+            future.set_result(work())
         except Exception as error:  # raised by `result`
-            self._result = error
+            future.set_exception(error)
+
+    Thread(target=run, name="fedface web call", daemon=True).start()
+    return future
 
 
 class BackgroundSearch:
@@ -111,14 +98,9 @@ class BackgroundSearch:
         self._stop, self._lock = Event(), Lock()
         self._share, self._step, self._steps = 0.0, 0, 0
         self._fresh: dict[int, Seen] = {}
-        self._outcome: Finished | Stopped | Failed | None = None
+        self.outcome: Finished | Stopped | Failed | None = None  # how it ended; None while it runs
         self._thread = Thread(target=self._run, name="fedface web search", daemon=True)
         self._thread.start()
-
-    @property
-    def outcome(self) -> Finished | Stopped | Failed | None:
-        """How it ended; None while it runs."""
-        return self._outcome
 
     def stop(self) -> None:
         """Interrupt at the next step; a finished search is not changed."""
@@ -148,7 +130,7 @@ class BackgroundSearch:
         except (FedfaceError, ValueError) as error:
             outcome = Failed(str(error))
         finally:
-            self._outcome = Stopped() if self._stop.is_set() else outcome
+            self.outcome = Stopped() if self._stop.is_set() else outcome
 
     def _progress(self, done: int, of: int) -> None:
         self._break_if_stopped()

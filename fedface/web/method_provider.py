@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import assert_never
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, assert_never
 
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import load_gan
@@ -31,11 +32,39 @@ from fedface.upsampling.methods import (
 )
 from fedface.upsampling.pulse import PulseConfig
 from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
-from fedface.web.method_catalog import MethodInfo, describe_training_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo:
+    """One method as the page lists it."""
+
+    name: str  # as the command line knows it
+    title: str
+    description: str  # what it does, for laypeople
+    several: bool  # whether it can generate several faces for the same pixels
+
+
+class MethodProvider(Protocol):
+    """Builds upsamplers for one size of face."""
+
+    size: int  # height and width of the faces in pixels
+    methods: Sequence[MethodInfo]  # to choose from, at least one; the first is preselected
+
+    def training_data(self, method: str) -> str:
+        """The training data of a method's network in a sentence; empty if unknown."""
+
+    def make(
+        self, method: str, *, side: int, seed: int, progress: Progress | None, watch: StepCallback | None
+    ) -> Upsampler:
+        """An upsampler from `side` pixels to `size`.
+
+        Raises:
+            ConfigError: The method does not support this; with the reason.
+        """
 
 
 class MethodCatalog:
-    """Every method by its name; a `MethodProvider`."""
+    """Every method of fedface by its name; a `MethodProvider`."""
 
     def __init__(self, model: Model | None) -> None:
         """`model` replaces every bundled checkpoint; None: each method uses its own."""
@@ -46,18 +75,12 @@ class MethodCatalog:
         self.methods: Sequence[MethodInfo] = tuple(method_info(METHODS[name]) for name in names)
 
     def training_data(self, method: str) -> str:
-        """The training data of the method's network."""
         model = self._network(_method(method))
         return "" if model is None else describe_training_data(model.notes)
 
     def make(
         self, method: str, *, side: int, seed: int, progress: Progress | None, watch: StepCallback | None
     ) -> Upsampler:
-        """The upsampler of a method, from `side` pixels to `size`.
-
-        Raises:
-            ConfigError: The method does not support the checkpoint or this size.
-        """
         chosen = _method(method)
         if side < 1 or self.size % side:
             raise ConfigError(f"faces of {self.size} pixels cannot be downscaled to {side}; choose a divisor")
@@ -114,3 +137,13 @@ def _description(method: Method) -> str:
             return "The same pixels, enlarged; adds no detail."
         case _:
             assert_never(method)
+
+
+def describe_training_data(notes: Mapping[str, Any]) -> str:
+    """A sentence on a checkpoint's training data, from its notes; empty if they do not contain it."""
+    for part in (notes, notes.get("generator_notes")):
+        recipe = part.get("recipe") if isinstance(part, Mapping) else None
+        share = recipe.get("light_fraction") if isinstance(recipe, Mapping) else None
+        if isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1:
+            return f"Its network was trained on synthetic faces: {100 * share:.0f} % had light skin."
+    return ""

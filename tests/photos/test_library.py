@@ -342,15 +342,12 @@ def test_a_damaged_index_is_explained(folder: Path, cache: Path) -> None:
         scan_library(folder, detector=FillsThePhoto(), cache=cache)
 
 
-def test_an_index_of_another_version_is_named_as_such(folder: Path, cache: Path) -> None:
-    """Indexes before version 4 bear no application id, and are not overwritten either."""
+def test_a_database_without_our_application_id_is_not_overwritten(folder: Path, cache: Path) -> None:
     scan_library(folder, detector=FillsThePhoto(), cache=cache)
     with closing(sqlite3.connect(cache)) as connection:
         connection.execute("PRAGMA application_id = 0")
     before = cache.read_bytes()
-    with pytest.raises(
-        LibraryError, match="an index of another version of fedface; delete it and scan again"
-    ):
+    with pytest.raises(LibraryError, match="is not an index of fedface; it stays as it is"):
         scan_library(folder, detector=FillsThePhoto(), cache=cache)
     assert cache.read_bytes() == before
 

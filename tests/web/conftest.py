@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from speaking import HOME, PORT, Open, Run, Running
 
 from fedface.web.app import make_app
-from fedface.web.method_catalog import MethodProvider
+from fedface.web.method_provider import MethodProvider
 from fedface.web.server import listen, port_of, server_of
 from fedface.web.upload import Reader
 

@@ -16,7 +16,7 @@ from fedface.photos.face_alignment import Face
 from fedface.tensor_types import Images, LowImages
 from fedface.upsampling.degradation import BicubicPulse
 from fedface.upsampling.upsampler import Progress, StepCallback, StepSnapshot, Upsampled, squared_difference
-from fedface.web.method_catalog import MethodInfo
+from fedface.web.method_provider import MethodInfo
 
 SIZE = 16
 STEPS = 8

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from fedface.photos.image_io import png_bytes
-from fedface.web.method_catalog import MethodProvider
+from fedface.web.method_provider import MethodProvider
 from fedface.web.upload import Reader
 
 PORT = 8123

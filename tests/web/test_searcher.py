@@ -16,8 +16,7 @@ from fedface.upsampling.methods import METHODS, is_deterministic
 from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
 from fedface.web.app import make_app
 from fedface.web.image_encoding import images_of
-from fedface.web.method_catalog import describe_training_data
-from fedface.web.method_provider import MethodCatalog, method_info
+from fedface.web.method_provider import MethodCatalog, describe_training_data, method_info
 from fedface.web.upload import Reader
 
 
