@@ -19,7 +19,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import typer
 
 from fedface.cli.benchmark import benchmark
-from fedface.cli.compare import compare
 from fedface.cli.console import call
 from fedface.cli.device import device, ledger
 from fedface.cli.options import example
@@ -27,8 +26,7 @@ from fedface.cli.photos import photos
 from fedface.cli.policy import policy
 from fedface.cli.pretrain import pretrain
 from fedface.cli.quality import evaluate
-from fedface.cli.rank_models import rank_models
-from fedface.cli.run import plan, report, run
+from fedface.cli.run import compare, plan, rank_models, report, run
 from fedface.cli.server import server
 from fedface.cli.upsample import upsample
 from fedface.cli.web import web

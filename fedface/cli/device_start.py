@@ -70,7 +70,9 @@ def device_start(path: Path) -> None:
         with (
             stopped_by_sigterm(),
             _supernode(setup) as (node, port, secret),
-            _worker(path, setup, port) as worker,
+            WorkerProcess(
+                f"{LOOPBACK}:{port}", path, ledger=setup.ledger, paused=setup.paused, report=_report
+            ) as worker,
         ):
             say("Code that a server sends is never run: this device answers with its installed fedface.")
             _restrict(setup, port)
@@ -247,10 +249,6 @@ def _restrict(setup: Setup, port: int) -> None:
         say(f"This system cannot keep from it: {', '.join(given.missing)}.")
     readable, writable = (", ".join(map(str, places)) for places in (setup.read, setup.write))
     say(f"Beside programs, its own files to read are {readable}; to write: {writable}.")
-
-
-def _worker(path: Path, setup: Setup, port: int) -> WorkerProcess:
-    return WorkerProcess(f"{LOOPBACK}:{port}", path, ledger=setup.ledger, paused=setup.paused, report=_report)
 
 
 def _report(text: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedface.errors import WeightsError
 from fedface.importing.foreign_checkpoint import ForeignNetwork
+from fedface.models.checkpoint import check_weights
 from fedface.models.stylegan_layers import MAX_WIDTH
 from fedface.text import sanitize_text
 
@@ -138,21 +139,7 @@ def build_exactly(
             expected = network_class(config).state_dict()
     except (RuntimeError, OverflowError) as error:
         raise WeightsError("has shapes of a network that no machine could hold") from error
-    if missing := sorted(set(expected) - set(tensors)):
-        raise WeightsError(f"lacks {len(missing)} weights, the first is {missing[0]}")
-    if extra := sorted(set(tensors) - set(expected)):
-        raise WeightsError(
-            f"has {len(extra)} weights that are not expected, the first is {sanitize_text(extra[0])}"
-        )
-    for name, value in tensors.items():
-        if value.shape != expected[name].shape:
-            raise WeightsError(
-                f"{name}: should have shape {list(expected[name].shape)}, got {list(value.shape)}"
-            )
-        if not value.is_floating_point():
-            raise WeightsError(f"{name}: should hold floating point numbers, got {value.dtype}")
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"{name}: holds numbers that are not finite")
+    check_weights(expected, tensors)
     network = network_class(config, torch.Generator())
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
     return network

@@ -7,7 +7,7 @@ are checked before anything is used.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
@@ -237,21 +237,35 @@ def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
         for prefix, module in model.networks.items()
         for name, value in module.state_dict().items()
     }
-    if missing := sorted(set(expected) - set(tensors)):
-        raise WeightsError(f"{path}: lacks {len(missing)} weights, the first is {missing[0]}")
-    if extra := sorted(set(tensors) - set(expected)):
-        raise WeightsError(
-            f"{path}: has {len(extra)} weights that are not expected, the first is {sanitize_text(extra[0])}"
-        )
+    try:
+        check_weights(expected, tensors)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
     for name, value in tensors.items():
-        if value.shape != expected[name].shape:
-            raise WeightsError(
-                f"{path}: {name} should have shape {tuple(expected[name].shape)}, got {tuple(value.shape)}"
-            )
         if value.dtype != torch.float32:
-            raise WeightsError(f"{path}: {name} should hold float32 numbers, got {value.dtype}")
+            raise WeightsError(f"{path}: {name}: should hold float32 numbers, got {value.dtype}")
+
+
+def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Compare untrusted weights with those of a network, which may lie on no device.
+
+    Raises:
+        WeightsError: A weight is missing, not expected, of another shape, not floating point or not finite.
+    """
+    if missing := sorted(set(expected) - set(found)):
+        raise WeightsError(f"lacks {len(missing)} weights, the first is {missing[0]}")
+    if extra := sorted(set(found) - set(expected)):
+        raise WeightsError(
+            f"has {len(extra)} weights that are not expected, the first is {sanitize_text(extra[0])}"
+        )
+    for name, value in found.items():
+        shape, own = list(expected[name].shape), list(value.shape)
+        if own != shape:
+            raise WeightsError(f"{name}: should have shape {shape}, got {own}")
+        if not value.is_floating_point():
+            raise WeightsError(f"{name}: should hold floating point numbers, got {value.dtype}")
         if not torch.isfinite(value).all():
-            raise WeightsError(f"{path}: {name} holds numbers that are not finite")
+            raise WeightsError(f"{name}: holds numbers that are not finite")
 
 
 def load_as(path: Path, architecture: type[Architecture]) -> Model:

@@ -208,13 +208,13 @@ def test_a_weight_that_is_not_finite_is_named(parts: Parts, value: float) -> Non
 def test_a_weight_of_another_shape_is_named(parts: Parts) -> None:
     """With both shapes."""
     parts[1][BIAS] = torch.zeros(2)
-    assert f"{BIAS} should have shape (1,), got (2,)" in refused(parts)
+    assert f"{BIAS}: should have shape [1], got [2]" in refused(parts)
 
 
 def test_a_weight_of_another_type_is_named(parts: Parts) -> None:
     """Integers are not weights."""
     parts[1][BIAS] = torch.zeros(1, dtype=torch.int64)
-    assert f"{BIAS} should hold float32" in refused(parts)
+    assert f"{BIAS}: should hold floating point numbers" in refused(parts)
 
 
 def test_a_missing_weight_is_named(parts: Parts) -> None:
