@@ -33,20 +33,15 @@ class FunctionProcess:
         self._process = process
         self.terminate, self.kill = process.terminate, process.kill
 
-    @property
-    def returncode(self) -> int | None:
+    def poll(self) -> int | None:
         """The exit code; None while it runs."""
         code: int | None = self._process.exitcode
         return code
 
-    def poll(self) -> int | None:
-        """The exit code; None while it runs."""
-        return self.returncode
-
     def wait(self, timeout: float | None = None) -> None:
         """Return when it has ended. Raises subprocess.TimeoutExpired after so many seconds."""
         self._process.join(timeout)
-        if timeout is not None and self.returncode is None:
+        if timeout is not None and self.poll() is None:
             raise subprocess.TimeoutExpired(self._process.name, timeout)
 
 
@@ -73,7 +68,7 @@ class Child:
             reason := re.search(r"Exit Code: .*?(?=\n\n|\Z)", text, re.DOTALL)
         ) is not None:  # Flower's programs
             text = reason[0]
-        how = "did not start" if self.running else f"ended with exit code {self._process.returncode}"
+        how = "did not start" if self.running else f"ended with exit code {self._process.poll()}"
         return f"{self.name} {how}: {one_line(text)[-600:]}"
 
     def wait_until(self, condition: Callable[[], bool], *, seconds: float | None = None) -> None:

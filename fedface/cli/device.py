@@ -7,18 +7,12 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.options import JsonOption, OpenBrowserOption, PortOption, example
+from fedface.cli.options import JsonOption, OpenBrowserOption, PortOption, command_group, example
 from fedface.errors import ConfigError
 from fedface.privacy_units import UNITS
 
-device = typer.Typer(
-    help="For the owner of a device: join, watch, pause, leave.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-ledger = typer.Typer(
-    help="What a device has spent of its privacy budget.", no_args_is_help=True, rich_markup_mode=None
-)
+device = command_group("For the owner of a device: join, watch, pause, leave.")
+ledger = command_group("What a device has spent of its privacy budget.")
 
 DEVICE = Path("~/fedface/device.yaml")  # what `fedface device join` writes
 

@@ -85,7 +85,7 @@ def _print_log(log: DeviceLog, *, no_dp_allowed: bool) -> None:
     for logged in log.records:
         _print_record(logged)
     say("")
-    payloads = "1 payload" if len(log.transmissions) == 1 else f"{len(log.transmissions)} payloads"
+    payloads = number_format.counted(len(log.transmissions), "payload")
     say(f"Together: {number_format.size(log.bytes)} in {payloads}.")
     for budget in log.budgets:
         say(budget.describe() + (" (all runs together)" if log.run is not None else ""))

@@ -196,13 +196,10 @@ def ledger_verify(path: Path, json_out: bool) -> None:
         }
         print_json(found)
         return
-    counts = ", ".join(
-        f"{count} {one if count == 1 else several}"
-        for count, one, several in (
-            (len(snapshot.records), "record", "records"),
-            (len(snapshot.entries), "release recorded", "releases recorded"),
-            (len(snapshot.transmissions), "transmission", "transmissions"),
-        )
+    counts = (
+        f"{number_format.counted(len(snapshot.records), 'record')}, "
+        f"{number_format.counted(len(snapshot.entries), 'release')} recorded, "
+        f"{number_format.counted(len(snapshot.transmissions), 'transmission')}"
     )
     seen = f"the witness {witness} agrees" if witness else "it has no witness"
     say(f"ledger {files.path}: ok, {counts}, head {snapshot.head}; {seen}")

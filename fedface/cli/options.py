@@ -44,6 +44,11 @@ DownscaleOption = Annotated[Downscale, typer.Option(help="How the face is shrunk
 FactorOption = Annotated[int, typer.Option(min=1, help="By how much the face is shrunk.")]
 
 
+def command_group(summary: str) -> typer.Typer:
+    """An empty group of commands."""
+    return typer.Typer(help=summary, no_args_is_help=True, rich_markup_mode=None)
+
+
 def example(command: str) -> str:
     """The epilog of a command's `--help`: one example, on lines of its own."""
     return f"\b\nExample:\n  {command}"

@@ -10,11 +10,9 @@ import typer
 
 from fedface.atomic_io import check_output, write_output
 from fedface.cli.console import cell, print_json, progress_bars, say, table_of
-from fedface.cli.options import DetectorOption, JsonOption, SeedOption, example
+from fedface.cli.options import DetectorOption, JsonOption, SeedOption, command_group, example
 
-photos = typer.Typer(
-    help="Photo libraries, synthetic faces, face detectors.", no_args_is_help=True, rich_markup_mode=None
-)
+photos = command_group("Photo libraries, synthetic faces, face detectors.")
 
 
 @photos.command(epilog=example("fedface photos scan ~/Pictures"))

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.options import JsonOption, SetOption, example, parse_changes
+from fedface.cli.options import JsonOption, SetOption, command_group, example, parse_changes
 from fedface.errors import ConfigError
 
-policy = typer.Typer(help="What the owner of a device allows.", no_args_is_help=True, rich_markup_mode=None)
+policy = command_group("What the owner of a device allows.")
 
 
 @policy.command("check", epilog=example("fedface policy check device.yaml --experiment family.yaml"))

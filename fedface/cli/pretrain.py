@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 from fedface.cli.console import progress_bars, say
-from fedface.cli.options import CheckpointOption, SeedOption, example
+from fedface.cli.options import CheckpointOption, SeedOption, command_group, example
 from fedface.errors import ConfigError
 
 SEED, LIGHT_FRACTION, SIZE = 7, 0.85, 32  # of the bundled checkpoints
@@ -32,9 +32,7 @@ def _checked_place(out: Path) -> Path:
 
 OutOption = Annotated[Path, typer.Option(help="The checkpoint to write.", callback=_checked_place)]
 
-pretrain = typer.Typer(
-    help="Train the bundled checkpoints from synthetic faces.", no_args_is_help=True, rich_markup_mode=None
-)
+pretrain = command_group("Train the bundled checkpoints from synthetic faces.")
 
 
 @pretrain.command("gan", epilog=example("fedface pretrain gan --out gan32.safetensors --step-fraction 0.01"))

@@ -7,9 +7,17 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.options import JsonOption, PhotosOption, RankOption, SetOption, example, run_request
+from fedface.cli.options import (
+    JsonOption,
+    PhotosOption,
+    RankOption,
+    SetOption,
+    command_group,
+    example,
+    run_request,
+)
 
-server = typer.Typer(help="For the operator of a server.", no_args_is_help=True, rich_markup_mode=None)
+server = command_group("For the operator of a server.")
 
 FolderArgument = Annotated[Path, typer.Argument(help="The folder of `fedface server init`.")]
 ExperimentArgument = Annotated[Path, typer.Argument(help="An experiment with remote devices.")]

@@ -12,7 +12,6 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 RESTART_SECONDS = 75
@@ -110,8 +109,7 @@ def launchd_plist(service: Service) -> str:
 def scheduled_task(service: Service) -> str:
     """A task of Windows's Task Scheduler (the schema of `schtasks /XML`), with the owner's ordinary rights."""
     program, *arguments = service.command
-    ElementTree.register_namespace("", TASK_NAMESPACE)
-    task = ElementTree.fromstring(f"""\
+    return f"""\
 <Task version="1.2" xmlns="{TASK_NAMESPACE}">
   <RegistrationInfo><Description>fedface device</Description></RegistrationInfo>
   <Triggers><LogonTrigger><Enabled>true</Enabled></LogonTrigger></Triggers>
@@ -130,5 +128,4 @@ def scheduled_task(service: Service) -> str:
     <Command>{escape(program)}</Command>
     <Arguments>{escape(subprocess.list2cmdline(arguments))}</Arguments>
   </Exec></Actions>
-</Task>""")
-    return ElementTree.tostring(task, encoding="unicode")
+</Task>"""

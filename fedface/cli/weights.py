@@ -11,11 +11,9 @@ import typer
 
 from fedface.atomic_io import check_output, write_output
 from fedface.cli.console import print_json, progress_bars, say
-from fedface.cli.options import JsonOption, SeedOption, example
+from fedface.cli.options import JsonOption, SeedOption, command_group, example
 
-weights = typer.Typer(
-    help="Checkpoints: import, show, hash, sample.", no_args_is_help=True, rich_markup_mode=None
-)
+weights = command_group("Checkpoints: import, show, hash, sample.")
 
 FileArgument = Annotated[Path, typer.Argument(help="A checkpoint (.safetensors) written by fedface.")]
 LabelOption = Annotated[

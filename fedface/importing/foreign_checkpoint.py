@@ -160,7 +160,9 @@ def _network(value: PickledCall | dict[str, Any], budget: Budget) -> ForeignNetw
         for name, part in module.items():
             if isinstance(name, str) and not name.startswith("_"):
                 fields[check_name(prefix + name)] = _plain(part)
-    return ForeignNetwork(class_name=_class_name(value), tensors=tensors, fields=fields)
+    given = _meta(value).get("class_name")
+    class_name = sanitize_text(given, 40) if isinstance(given, str) else "?"
+    return ForeignNetwork(class_name=class_name, tensors=tensors, fields=fields)
 
 
 def _modules(value: Any, prefix: str, budget: Budget, depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -185,11 +187,6 @@ def _meta(value: Any) -> dict[str, Any]:
     if len(value.args) != 1 or not isinstance(value.args[0], dict):
         raise PickleRefused("has a network without a description")
     return value.args[0]
-
-
-def _class_name(value: Any) -> str:
-    name = _meta(value).get("class_name")
-    return sanitize_text(name, 40) if isinstance(name, str) else "?"
 
 
 def _named(value: Any) -> dict[str, Any]:
