@@ -141,14 +141,13 @@ def describe_output(output: MethodOutput) -> str:
 
 
 def contact_sheet(
-    content: ContactSheet, tones: ToneHistogram | None = None, *, source: str = "", software: str = SOFTWARE
+    content: ContactSheet, tones: ToneHistogram | None = None, *, software: str = SOFTWARE
 ) -> bytes:
     """The sheet as PNG on white.
 
     Args:
         content: At least one method's output.
         tones: Skin tones of the generator's samples; None if no generator was used.
-        source: The photo's origin, for the last line.
         software: The PNG entry by which the file is known as ours.
     """
     shown = content.shown
@@ -177,8 +176,6 @@ def contact_sheet(
             _single_row(sheet, top + len(several) * _ROW, single, shown.degradation)
         fits = any(bool(output.upsampled.converged.any()) for output in content.outputs)
         sheet.text(16, height - 44, NO_FACE if fits else f"{NEAREST} {NO_FACE}", bold=True)
-        if source:
-            sheet.text(16, height - 22, source, small=True)
         return sheet.png(software)
 
 
@@ -196,7 +193,7 @@ def _row(sheet: _Sheet, y: int, output: MethodOutput, degradation: Degradation) 
     for number in range(generated.faces_per_photo):
         _face(sheet, _LEFT + number * _CELL, y, output, number, degradation)
     x, spread = _LEFT + generated.faces_per_photo * _CELL, pixel_std(generated.images[0])
-    sheet.heat(x, y, _SIDE, spread)
+    sheet.heat(x, y, spread)
     mean, most = 100 * float(spread.mean()), 100 * float(spread.max())
     text = f"where they differ: {mean:.0f} %\non average, bright: {most:.0f} %"
     sheet.text(x, y + _SIDE + 8, text, small=True)
@@ -237,8 +234,8 @@ class _Sheet:
         axes.imshow(pixels_of(face), interpolation="nearest", aspect="auto")
         axes.set_axis_off()
 
-    def heat(self, x: int, y: int, side: int, spread: Tensor) -> None:
-        axes = self._axes(x, y, side, side)
+    def heat(self, x: int, y: int, spread: Tensor) -> None:
+        axes = self._axes(x, y, _SIDE, _SIDE)
         most = max(0.01, float(spread.max()))
         axes.imshow(spread.numpy(), cmap="magma", vmin=0.0, vmax=most, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
