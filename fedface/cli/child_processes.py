@@ -54,7 +54,6 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
         return self._process.poll() is None
 
     def output(self) -> str:

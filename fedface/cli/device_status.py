@@ -49,7 +49,6 @@ class DeviceStatus:
     plans: tuple[str, ...]  # hashes of the admitted run plans
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
         return {
             **asdict(self.now),
             "budgets": [
@@ -97,7 +96,6 @@ def read_working_state(state: DeviceState) -> WorkingState:
 
 
 def is_running(state: Path) -> bool:
-    """Whether the SuperNode of a device runs."""
     try:
         with (state / SUPERNODE_LOG).open("rb") as log:
             lock(log.fileno(), wait=False)

@@ -93,8 +93,6 @@ def device_web(device: Path, port: int, *, open_browser: bool) -> None:
 
 
 class PageServer(ThreadingHTTPServer):
-    """Answers requests for one page."""
-
     daemon_threads = True
     path: str  # of the page, with its secret
 

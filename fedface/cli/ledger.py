@@ -57,8 +57,6 @@ def device_keygen(out: Path, device: Path | None, experiment: Path | None) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class _PricedLedger:
-    """Which ledger, and how it is priced."""
-
     ledger: LedgerFiles
     delta: float
     unit: Unit | None  # None: the unit of the entries

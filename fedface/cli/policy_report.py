@@ -58,15 +58,12 @@ class CombinedVerdict:
     price: Price
 
     def describe(self, stated: str | None) -> list[str]:
-        """As `Verdict.describe`."""
         text = "fits" if self.fits else _refused(self.refusal, stated)
         return [f"training and evaluation together: {text}", f"  {self.price.describe()}"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyReport:
-    """The response to a run."""
-
     run: str  # its name, or its experiment's file
     verdicts: tuple[Verdict, ...]
     together: CombinedVerdict | None  # None: one request, or one that is refused regardless of its cost

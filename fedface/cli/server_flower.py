@@ -40,8 +40,6 @@ root-certificates = CERTIFICATE
 
 @dataclass(frozen=True, kw_only=True)
 class Ports:
-    """The TCP ports of a server."""
-
     host: str  # a name or address of this machine, for devices
     listen: str = "*"  # the address of this machine on which nginx listens; "*": all
     devices: int  # of nginx

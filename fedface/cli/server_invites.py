@@ -33,7 +33,6 @@ class InviteRecord:
 
     @property
     def is_expired(self) -> bool:
-        """Whether it can no longer be used."""
         return datetime.now(UTC) > datetime.fromisoformat(self.expires)
 
 

@@ -136,7 +136,6 @@ def flower_run(folder: Path, number: str) -> dict[str, Any]:
 
 
 def finished(row: dict[str, Any]) -> bool:
-    """Whether a run of Flower has ended."""
     return str(row["status"]).startswith("finished")
 
 

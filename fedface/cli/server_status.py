@@ -39,8 +39,6 @@ class RunStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerStatus:
-    """What is known of a server."""
-
     running: bool
     address: str  # HOST:PORT for devices
     certificate_until: str  # ISO 8601, UTC

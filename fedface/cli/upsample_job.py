@@ -80,8 +80,6 @@ def generator_tones(pairs: Sequence[tuple[Method, Model | None]]) -> ToneHistogr
 
 @dataclass(frozen=True, kw_only=True)
 class SheetJob:
-    """Everything that upsampling one photo needs."""
-
     settings: SheetSettings
     runner: MethodRunner
     detector: Callable[[], Detector]

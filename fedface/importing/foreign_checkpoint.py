@@ -34,8 +34,6 @@ Kind = Literal["nvidia-pickle", "torch-checkpoint"]
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignNetwork:
-    """One network of a file."""
-
     class_name: str  # as named in the file; "" for a plain state dict
     tensors: Mapping[str, Tensor]  # by dotted name
     fields: Mapping[str, PlainValue]  # by dotted name, such as synthesis.img_resolution
@@ -43,8 +41,6 @@ class ForeignNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignFile:
-    """What a file holds."""
-
     kind: Kind
     networks: Mapping[str, ForeignNetwork]  # by the file's name, such as G_ema; "" if the file is one network
     tensors: Mapping[str, Tensor]  # outside the networks, such as latent_avg

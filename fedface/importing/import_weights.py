@@ -58,8 +58,6 @@ Kind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
-    """The contents of a file."""
-
     kind: Kind
     generator: StyleGAN2 | StyleGAN1 | None
     discriminator: Discriminator | None

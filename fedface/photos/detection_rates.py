@@ -35,7 +35,6 @@ class DetectionRate:
 
     @property
     def interval(self) -> Interval:
-        """The rate with its interval."""
         return rate_interval(self.found, self.count)
 
 

@@ -23,8 +23,6 @@ _SURE = 1.0  # a face that scores less may be a face lying on its side: the phot
 
 @dataclass(frozen=True, kw_only=True)
 class FaceCrop:
-    """One face of one photo."""
-
     crop: np.ndarray  # (s, s, 3) uint8: FFHQ's crop at the requested size, or a small picture's own pixels
     number: int  # from 1, the largest face first
     people: int  # faces found in the photo; 0 where the picture was taken as a face already

@@ -43,8 +43,6 @@ ZIP_ERRORS = (
 
 @dataclass(frozen=True)
 class LabelledFace:
-    """One row of a set's CSV."""
-
     file: str
     landmarks: np.ndarray | None  # shape (5, 2) in the order of `faces.Face`; None: no face was found
     labels: Mapping[str, str]  # every other column, as text; "unknown" where the row has none

@@ -277,7 +277,6 @@ class ScanWriter:
         )
 
     def delete_crop(self, path: Path) -> None:
-        """Delete the crop of a photo, if there is one."""
         self._connection.execute(
             "DELETE FROM crop WHERE photo IN (SELECT number FROM photo WHERE path = ? AND detector = ?)",
             (os.fsencode(path), self._detector),

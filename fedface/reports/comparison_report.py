@@ -66,8 +66,6 @@ class ModelQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedRun:
-    """One run of a comparison."""
-
     method: str
     level: str  # "0" before training, the guaranteed epsilon, or "∞" without privacy
     epsilon: Epsilon | NotMeasured

@@ -136,7 +136,6 @@ class DeviceLog:
         return sum(each.without_noise for each in self.records)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
         return {
             "device": self.device,
             "run": self.run,

@@ -163,7 +163,6 @@ def metrics_config(experiment: dict[str, object]) -> LocalMetricsConfig | None:
 
 
 def cost_sentence(record: DeviceMetricsRecord) -> str:
-    """The privacy cost of an evaluation."""
     return f"Evaluating the model {record.when} the run: {cost(record)}."
 
 

@@ -86,7 +86,6 @@ def _if_honest(dp: DPParameters) -> str:
 
 
 def adjacency(dp: DPParameters) -> str:
-    """The adjacency of the guarantee in words."""
     if dp.unit == "library":
         seen = (
             "The server, which adds the noise, is trusted and sees each device's update."
@@ -162,7 +161,6 @@ def gap_sentence(gap: Gap, metric: str) -> str:
 
 
 def defense_label(defense: Defense) -> str:
-    """A defense as a table's row label."""
     match defense:
         case NoDefense():
             return "no DP"

@@ -39,8 +39,6 @@ LIMITS = (
 
 @dataclass(frozen=True, kw_only=True)
 class MethodMetrics:
-    """One method."""
-
     method: str  # its name on the command line
     title: str
     settings: dict[str, Any]
@@ -55,8 +53,6 @@ class MethodMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRecord:
-    """All methods on one probe."""
-
     finished: str  # ISO 8601, UTC
     command: str
     versions: dict[str, str]
@@ -79,7 +75,6 @@ def write(record: BenchmarkRecord, pictures: Mapping[str, bytes], folder: Path) 
 
 
 def markdown(record: BenchmarkRecord) -> str:
-    """The tables and their limitations."""
     heads = [
         "method",
         *map(formatting.title_of, OVERALL),

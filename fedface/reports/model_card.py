@@ -26,7 +26,6 @@ NO_LIMITS = "The limits of this run were not documented; interpret its numbers w
 
 
 def render(record: RunRecord) -> str:
-    """The model card as Markdown text."""
     bias = record.bias_after if isinstance(record.bias_after, BiasRecord) else None
     own = device_metrics_section.groups_of(record.device_metrics[-1]) if record.device_metrics else {}
     text = markdown_template(TEMPLATE.read_text(encoding="utf-8")).render(

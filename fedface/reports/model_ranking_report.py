@@ -34,8 +34,6 @@ ALL_PHOTOS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RankingReport:
-    """A finished ranking."""
-
     name: str
     question: str
     finished: str  # ISO 8601, UTC
@@ -127,7 +125,6 @@ def _suppressed(record: RankingReport) -> list[str]:
 
 
 def markdown(record: RankingReport) -> str:
-    """The ranking as a Markdown page with its chart."""
     heads = ["group", "candidate", "units", *(device_metrics_section.title(name) for name in DP_METRICS)]
     lines = [f"# {_plain(record.title())}", "", f"Question: {_plain(record.question)}", ""]
     lines += [_plain(record.privacy_sentence()), "", f"![Metrics by tone group]({CHART})", ""]

@@ -148,8 +148,6 @@ class AttackRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationRecord:
-    """The cost of one aggregation protocol."""
-
     protocol: str
     sees: str  # who can read one device's update
     bytes_per_device: int  # up, one round
@@ -161,8 +159,6 @@ class AggregationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureRecord:
-    """A picture in the run's folder."""
-
     file: str  # a plain file name ending in .png or .jpg
     section: Literal["faces", "attacks", "more"]
     caption: str

@@ -49,8 +49,6 @@ BUSY = "Another search is running, perhaps in another window. Stop it or wait un
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """A request to start a search."""
-
     photo: str
     face: int
     side: int
@@ -61,8 +59,6 @@ class SearchRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """A photo by its key."""
-
     photo: str
 
 

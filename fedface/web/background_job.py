@@ -26,8 +26,6 @@ Make = Callable[[Progress, StepCallback], Upsampler]
 
 @dataclass(frozen=True)
 class Finished:
-    """The search finished."""
-
     upsampled: Upsampled  # (1, f) faces
     seconds: float
 
@@ -39,8 +37,6 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Failed:
-    """The search failed."""
-
     sentence: str
 
 

@@ -27,7 +27,6 @@ MAX_REQUEST = 65_536  # bytes of a request without a photo
 
 
 def accepted_hosts(port: int) -> tuple[str, ...]:
-    """The accepted Host headers."""
     names = ("127.0.0.1", "localhost")
     return tuple(f"{name}:{port}" for name in names) + (names if port == 80 else ())
 
@@ -54,7 +53,6 @@ class LocalOnlyMiddleware:
         self._app, self._port = app, port
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Forward or refuse one request."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return

@@ -36,8 +36,6 @@ from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
 
 @dataclass(frozen=True, kw_only=True)
 class MethodInfo:
-    """One method as the page lists it."""
-
     name: str  # as the command line knows it
     title: str
     description: str  # what it does, for laypeople
