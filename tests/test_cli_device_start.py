@@ -19,7 +19,7 @@ from fedface.cli import device_start
 from fedface.cli.child_processes import started_function
 from fedface.cli.device_start import check_registration
 from fedface.cli.server_certificates import make_certificates
-from fedface.device.node_key import node_public_key
+from fedface.device.node_key import key_name, node_public_key
 from fedface.errors import FederationError
 from fedface.privacy.ledger import Ledger
 
@@ -84,8 +84,10 @@ class Clock(BaseHTTPRequestHandler):
     """A server whose clock is `offset` seconds from this one."""
 
     offset = 0.0
+    visitor = ""  # what the last one said of itself
 
     def do_GET(self) -> None:
+        type(self).visitor = self.headers["User-Agent"]
         self.send_response_only(403)
         self.send_header("Date", self.date_time_string(time.time() + self.offset))
         self.end_headers()
@@ -112,10 +114,15 @@ def server(home: Path) -> Iterator[type[Clock]]:
 
 
 @pytest.mark.parametrize(("offset", "words"), [(-20, "20 s ahead of"), (600, "600 s behind")])
-def test_a_wrong_clock_is_named(fedface, server: type[Clock], offset: float, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_clock_is_named(  # type: ignore[no-untyped-def]
+    fedface, server: type[Clock], home: Path, offset: float, words: str
+) -> None:
     """The server would refuse every request, with the words of an unknown key."""
     server.offset = offset
     assert re.search(words.replace(str(abs(offset)), r"\d+"), fedface("device.yaml").sentence)
+    said, clock = server.visitor.rsplit(" ", 1)  # for the operator
+    assert re.fullmatch(f"fedface/[0-9.]+ {key_name(node_public_key(home / 'node'))}", said)
+    assert abs(int(clock) - time.time()) < 60
 
 
 def test_another_server_is_not_trusted(fedface, server: type[Clock], home: Path) -> None:  # type: ignore[no-untyped-def]

@@ -11,6 +11,7 @@ from command_line import caller
 from server_folder import server_folder
 
 from fedface.cli import server_devices, server_flower
+from fedface.device.node_key import key_name
 
 
 @pytest.fixture
@@ -43,6 +44,20 @@ def test_a_registered_device_is_listed_by_name(fedface: Callable, server: Path) 
     assert "kitchen" in listed and str(2**63) in listed
     stored = json.loads((server / "devices/kitchen.json").read_text())
     assert stored["public_key"] == " ".join(Path("a.pub").read_text().split()[:2])
+
+
+def test_a_device_is_listed_with_the_version_and_the_clock_of_its_last_start(
+    fedface: Callable, server: Path
+) -> None:
+    """Of nginx's log, in which others may write what they like; the last report of a key counts."""
+    assert fedface("register", "server", "kitchen", "a.pub").code == 0
+    own = key_name(" ".join(Path("a.pub").read_text().split()[:2]))
+    line = '192.0.2.7 - - [01/Dec/2026:03:00:45 +0000] "GET / HTTP/1.1" 403 146 "-" "{}"\n'
+    said = [f"fedface/0.1.0 {own} 1796094045", f"fedface/0.2.0 {own} 1796094065", "fedface/9 x 1", "curl/8"]
+    (server / "nginx-access.log").write_bytes("".join(map(line.format, said)).encode() + b"\x00\xff")
+    (row,) = json.loads(fedface("devices", "server", "--json").out)
+    assert (row["version"], row["clock"]) == ("0.2.0", "+20 s")
+    assert "+20 s" in fedface("devices", "server").out
 
 
 def test_a_name_and_a_key_are_of_one_device(fedface: Callable, server: Path) -> None:

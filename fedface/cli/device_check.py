@@ -67,7 +67,7 @@ def _checks(path: Path, state: DeviceState) -> Iterator[Check]:
 def _server(path: Path, state: DeviceState) -> str:
     config = state.config
     check_files(path, config.certificate, config.node_key)
-    ahead = check_server(path, config.server, config.certificate)
+    ahead = check_server(path, config.server, config.certificate, config.node_key)
     clock = "agrees with its clock"
     if abs(ahead) >= 2:  # the server gives its time in whole seconds
         clock = f"is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} its clock"

@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
+import fedface
 from fedface.atomic_io import create_bytes
 from fedface.cli.child_processes import (
     LOOPBACK,
@@ -98,7 +99,7 @@ def _checked(path: Path) -> Setup:
 
     config = read_device_config(path)
     check_files(path, config.certificate, config.node_key)
-    check_server(path, config.server, config.certificate)
+    check_server(path, config.server, config.certificate, config.node_key)
     check_state_folder(path, config.state)
     device_state(path).ledger.read()
     index = default_cache(config.photos).parent
@@ -156,15 +157,18 @@ def check_files(path: Path, certificate: Path, key: Path) -> None:
         raise ConfigError(f"{path}: node_key: other users can read {key}; run chmod 600 on it")
 
 
-def check_server(path: Path, server: str, certificate: Path) -> float:
+def check_server(path: Path, server: str, certificate: Path, node_key: Path) -> float:
     """Ask the server once; returns by how many seconds this device's clock is ahead of the server's.
 
-    The reason of a failure is one sentence, where the SuperNode would try for ever or give a number.
+    The reason of a failure is one sentence, where the SuperNode would try for ever or give a number. The server's
+    operator sees this device's version and clock in the request (cli/server_devices.py), even if it is refused.
 
     Raises:
-        ConfigError: The address or the certificate is invalid.
+        ConfigError: The address, the certificate or the key is invalid.
         FederationError: The server cannot be reached, is another one, or would refuse this device's clock.
     """
+    from fedface.device.node_key import key_name, node_public_key
+
     try:
         host, port = host_and_port(server)
     except ConfigError as error:
@@ -173,9 +177,12 @@ def check_server(path: Path, server: str, certificate: Path) -> float:
         trusted = ssl.create_default_context(cafile=str(certificate))
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(f"{path}: certificate: {certificate} is not a certificate in PEM format") from error
+    key = key_name(node_public_key(node_key))
     connection = HTTPSConnection(host, port, context=trusted, timeout=REACH_SECONDS)
     try:
-        connection.request("GET", "/")
+        connection.request(
+            "GET", "/", headers={"User-Agent": f"fedface/{fedface.__version__} {key} {time.time():.0f}"}
+        )
         date = connection.getresponse().getheader("Date")
         ahead = 0.0 if date is None else time.time() - parsedate_to_datetime(date).timestamp()
     except ssl.SSLCertVerificationError as error:

@@ -21,12 +21,19 @@ from fedface.cli.console import print_json, say, table_of
 from fedface.cli.server_flower import flower, read_ports
 from fedface.codec import dumps, load
 from fedface.config import text_of
+from fedface.device.node_key import key_name
 from fedface.errors import ConfigError, FederationError
 
 FOLDER = "devices"  # in the server's folder
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)  # the curves that Flower accepts
 REVOKED = "unregistered"  # Flower's word
+ACCESS_LOG = "nginx-access.log"
+# What a device says of itself when it starts or is checked (cli/device_start.check_server), also if it is refused then.
+REPORT = re.compile(
+    r'\[(?P<received>[^]]+)\] "GET / HTTP/1.1" \d+ \d+ "-" '
+    r'"fedface/(?P<version>[\w.+-]{1,40}) (?P<key>[0-9a-f]{16}) (?P<clock>\d{1,11})"'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,22 +123,42 @@ def server_devices(folder: Path, *, as_json: bool) -> None:
     if not rows:
         say("no device is registered")
         return
-    say(table_of(("device", "state", "since", "node"), (row.values() for row in rows)))
+    say(table_of(("device", "state", "since", "version", "clock", "node"), (row.values() for row in rows)))
 
 
 def device_rows(folder: Path) -> list[dict[str, str | None]]:
-    """The name, state, time of the last change and node of each device; a name is None if the folder has none."""
-    nodes = _nodes(folder)
+    """The name, state, time of the last change and node of each device; a name is None if the folder has none.
+
+    Version and clock, such as "+20 s" for one that is ahead of the server's, are what the device said at its last start
+    or check, which nothing proves; None if it has said nothing.
+    """
+    nodes, reports = _nodes(folder), _reports(folder)
     rows: list[dict[str, str | None]] = []
+
+    def add(name: str | None, state: str, since: str, node: str, key: str = "") -> None:
+        version, clock = reports.get(key, (None, None))
+        rows.append(
+            {"name": name, "state": state, "since": since, "version": version, "clock": clock, "node": node}
+        )
+
     for device in read_devices(folder):
         node = nodes.pop(device.node, None)
         state, since = ("unknown to the server", device.registered) if node is None else _state(node)
-        rows.append({"name": device.name, "state": state, "since": since, "node": device.node})
+        add(device.name, state, since, device.node, key_name(device.public_key))
     for number, node in nodes.items():
         state, since = _state(node)
         if state != "revoked":
-            rows.append({"name": None, "state": state, "since": since, "node": number})
+            add(None, state, since, number)
     return rows
+
+
+def _reports(folder: Path) -> dict[str, tuple[str, str]]:
+    """The last version and clock that each device reported, by the name of its key."""
+    log, reports = folder / ACCESS_LOG, dict[str, tuple[str, str]]()
+    for found in REPORT.finditer(log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""):
+        received = datetime.strptime(found["received"], "%d/%b/%Y:%H:%M:%S %z").timestamp()
+        reports[found["key"]] = (found["version"], f"{int(found['clock']) - received:+.0f} s")
+    return reports
 
 
 def server_revoke(folder: Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -31,3 +32,8 @@ def node_public_key(path: Path) -> str:
         raise ConfigError(f"{path}: expected a private key in OpenSSH's format ({error})") from error
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return public.decode()
+
+
+def key_name(public_key: str) -> str:
+    """A short name of a public key in OpenSSH's format without a comment: 16 hexadecimal digits."""
+    return hashlib.sha256(public_key.encode()).hexdigest()[:16]
