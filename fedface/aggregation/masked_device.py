@@ -41,13 +41,22 @@ from fedface.aggregation.masked import (
     settings,
     shared_secret,
 )
-from fedface.aggregation.payload import AggregationParameters, Exchange, MaskSettings, Payload, SumContext
+from fedface.aggregation.payload import (
+    AggregationParameters,
+    Exchange,
+    MaskSettings,
+    OwnerTerms,
+    Payload,
+    SumContext,
+)
 from fedface.aggregation.shamir import SHARE_BYTES, split
 from fedface.codec import decode
 from fedface.errors import AggregationError
 from fedface.tensor_types import Vector
 
-HONEST, SMALLEST, SETTINGS = "honest", "smallest_cohort", "settings"  # in the header of what is stored
+# In the header of what is stored.
+HONEST, SMALLEST, OWNER, SETTINGS = "honest", "smallest_cohort", "owner", "settings"
+
 MAX_COHORT = (1 << 32) - 1
 _NONCE = bytes(12)  # each key encrypts one message
 
@@ -66,7 +75,7 @@ class MaskedDevice:
     ring: Ring
     context: SumContext | None  # of `protect`; the answers take it from what is stored
     signing: Ed25519PrivateKey
-    smallest_cohort: int  # that the owner admits
+    owner: OwnerTerms
     honest: int = 0  # for `protect`: devices of whose shares of noise the sum depends; 0: noise is complete
 
     def protect(self, update: Vector, round: int) -> Payload:
@@ -80,7 +89,7 @@ class MaskedDevice:
         secret = secrets.token_bytes(KEY_BYTES)
         stored = message("stored", secret, written, length=len(update), round=round)
         kept = {
-            **asdict(self.context), HONEST: self.honest, SMALLEST: self.smallest_cohort,
+            **asdict(self.context), HONEST: self.honest, SMALLEST: self.owner.smallest_cohort, OWNER: self.owner.digest,
             SETTINGS: self._settings.hex(), SUM_KEY: self.ring.key,
         }  # fmt: skip
         return replace(stored, header={**kept, **stored.header})
@@ -111,7 +120,12 @@ class MaskedDevice:
         """
         if missing := [name for name in (*asked_before(exchange), exchange) if name not in requests]:
             raise AggregationError(f"this device was not asked for {missing[0]!r} before {exchange!r}")
-        return self._sum(Payload.from_bytes(stored)).answer(exchange, requests).to_bytes()
+        payload = Payload.from_bytes(stored)
+        if payload.header.get(OWNER, self.owner.digest) != self.owner.digest:
+            raise AggregationError(
+                "the owner has changed the policy since this vector was computed; nothing is sent"
+            )
+        return self._sum(payload).answer(exchange, requests).to_bytes()
 
     def _sum(self, stored: Payload) -> _DeviceSum:
         secret, integers = message_parts(stored, "stored", 2, length=stored.length, round=stored.round)
@@ -120,14 +134,11 @@ class MaskedDevice:
             raise AggregationError("this sum is asked for with other settings than its vectors were")
         if stored.header.get(SUM_KEY) != self.ring.key:
             raise AggregationError("the key for encrypted sums is not the one with which this sum was begun")
-        smallest = stored.whole(SMALLEST, least=0, most=MAX_COHORT)
-        if self.smallest_cohort > smallest:
-            raise AggregationError("the owner demands larger sums than when this vector was computed")
         return _DeviceSum(
             device=self,
             context=context,
             honest=stored.whole(HONEST, least=0, most=MAX_PARTICIPANTS),
-            smallest_cohort=smallest,
+            smallest_cohort=stored.whole(SMALLEST, least=0, most=MAX_COHORT),
             secret=secret,
             length=stored.length,
             vector=self.ring.read(integers, stored.length),

@@ -113,6 +113,14 @@ class HomomorphicConfig(MaskSettings):
     public_key: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnerTerms:
+    """What the owner of a device allows of its masked vectors."""
+
+    smallest_cohort: int = 1  # fewest vectors in a sum
+    digest: str = ""  # of everything else that was allowed when a vector was computed
+
+
 AggregationConfig: TypeAlias = PlainConfig | MaskedConfig | HomomorphicConfig
 
 

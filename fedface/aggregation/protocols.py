@@ -16,6 +16,7 @@ from fedface.aggregation.payload import (
     AggregationParameters,
     HomomorphicConfig,
     MaskedConfig,
+    OwnerTerms,
     PlainConfig,
     SumContext,
 )
@@ -23,6 +24,8 @@ from fedface.aggregation.plain import PlainAggregation, PlainDevice, PlainServer
 from fedface.aggregation.sums import DeviceSum, ServerSum
 from fedface.errors import AggregationError
 from fedface.privacy.plan import DPParameters
+
+_ANY = OwnerTerms()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +91,13 @@ def device_sum(
     keys: DeviceKeys,
     context: SumContext | None = None,
     *,
-    smallest_cohort: int = 1,
+    owner: OwnerTerms = _ANY,
     dp: DPParameters | None = None,
 ) -> DeviceSum:
-    """The side of a device whose owner admits sums of `smallest_cohort` devices and more.
+    """The side of a device.
 
     Args:
+        owner: What its owner allows now; masked vectors that were computed under other terms do not leave.
         context: What the sum is of, for `protect`; None for the exchanges after it.
         dp: Of the vector, for `protect`: its noise may be distributed.
 
@@ -107,6 +111,6 @@ def device_sum(
         raise AggregationError(f"{config.kind} sums need the device's signing key, got none")
     return MaskedDevice(
         config=config, agreement=agreement, ring=sum_ring(config, agreement, keys.encryption, dp=dp),
-        context=context, signing=keys.signing, smallest_cohort=smallest_cohort,
+        context=context, signing=keys.signing, owner=owner,
         honest=0 if dp is None else dp.honest_devices,
     )  # fmt: skip

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from fedface.aggregation.payload import Payload, SumOf
+from fedface.aggregation.payload import Payload, PlainConfig, SumOf
 from fedface.aggregation.protocols import server_sum
 from fedface.aggregation.sums import Request, ServerSum, SumResult
+from fedface.atomic_io import replace_bytes
 from fedface.errors import AggregationError, FederationError
 from fedface.experiment import Experiment
 from fedface.messages.cohort import Cohort
@@ -37,6 +38,8 @@ from fedface.randomness import SecretNoise
 from fedface.reports.run_record import RefusalRecord
 from fedface.tensor_types import Vector
 
+COHORT = ".cohort"  # how a file ends that has the number of devices that a sum was begun with
+
 
 @dataclass(frozen=True, kw_only=True)
 class SumListener:
@@ -53,10 +56,22 @@ class SumListener:
         """The file of the sum of a round."""
         return None if self.folder is None else self.folder / f"{sum_of}-{round:03d}.sum"
 
+    def cohort(self, sum_of: SumOf, round: int, members: int) -> int:
+        """How many devices a sum was first requested from, which their keys are signed for; `members` if it is new."""
+        if (sum_file := self.file(sum_of, round)) is None:
+            return members
+        path = sum_file.with_suffix(COHORT)
+        if path.exists():
+            return int(path.read_text(encoding="utf-8"))
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        replace_bytes(path, str(members).encode())
+        return members
+
     def forget(self, sum_of: SumOf, round: int) -> None:
-        """Delete the file of a sum whose result is stored."""
+        """Delete the files of a sum whose result is stored."""
         if (path := self.file(sum_of, round)) is not None:
             path.unlink(missing_ok=True)
+            path.with_suffix(COHORT).unlink(missing_ok=True)
             if path.parent.is_dir() and not any(path.parent.iterdir()):
                 path.parent.rmdir()
 
@@ -91,7 +106,7 @@ def collect_and_sum(
     """Send every member the task, sum the usable replies, and reveal the sum.
 
     A sum that was begun before and cannot be revealed this time either is given up: devices that have a part in it do
-    not come back, or spoil it, and each answers for it once.
+    not come back, or spoil it, and each answers for it once. Others cannot take their place.
 
     Args:
         experiment: Gives the aggregation protocol and min_responses.
@@ -103,6 +118,9 @@ def collect_and_sum(
     """
     started = time.perf_counter()
     context = sum_context(task)
+    if not isinstance(experiment.aggregation, PlainConfig):
+        task = replace(task, cohort=listener.cohort(context.sum_of, task.round, len(members)))
+        context = sum_context(task)
     asked = task.config if isinstance(task, TrainTask) else task.request
     stored = listener.file(context.sum_of, task.round)
     begun = stored is not None and stored.exists()
@@ -128,22 +146,23 @@ def collect_and_sum(
         arrivals.add(member, reply)
         listener.progress(done)
     arrivals.close()
-    if len(arrivals.devices) < experiment.min_responses:
-        reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*arrivals.refusals, *arrivals.dropped))
-        raise FederationError(
-            f"round {task.round}: {len(arrivals.devices)} of {len(members)} devices gave a usable reply, "
-            f"{experiment.min_responses} are needed ({reasons or 'no reasons given'}). "
-            "Nothing was applied; fix the cause and resume the run."
-        )
     combined = time.perf_counter()
     revealing = _Revealing(
         experiment=experiment, cohort=cohort, task=task, sum_of=context.sum_of, listener=listener
     )
     try:
+        if len(arrivals.devices) < experiment.min_responses:
+            reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*arrivals.refusals, *arrivals.dropped))
+            raise FederationError(
+                f"round {task.round}: {len(arrivals.devices)} of {len(members)} devices gave a usable reply, "
+                f"{experiment.min_responses} are needed ({reasons or 'no reasons given'}). "
+                "Nothing was applied; fix the cause and resume the run"
+            )
         revealed = revealing.reveal(server)
     except FederationError as error:
         if not begun:
-            raise FederationError(f"{error}; resume to try again, once more") from error
+            again = "; resume to try again, once more" if stored is not None and stored.exists() else ""
+            raise FederationError(f"{error}{again}") from error
         listener.given_up(str(error))
         revealed = SumResult(total=torch.zeros(length), members=frozenset(), count=0)
     finished = time.perf_counter()

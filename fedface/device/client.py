@@ -26,6 +26,7 @@ from fedface.aggregation.payload import (
     Exchange,
     HomomorphicConfig,
     MaskSettings,
+    OwnerTerms,
     PlainConfig,
     SumContext,
     purpose_of,
@@ -61,7 +62,7 @@ from fedface.models.checkpoint import model_from_vectors, weights_hash
 from fedface.models.model import Architecture, Model
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.clip_and_noise import clip_l2
-from fedface.privacy.ledger import Ledger
+from fedface.privacy.ledger import LateRelease, Ledger
 from fedface.privacy.ledger_records import LedgerEntry, TransmissionInfo, TransmissionKind
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.participation_conditions import ConditionsNotMet
@@ -108,9 +109,13 @@ def handle_task(task: Task, device: Device) -> Reply:
         leaves = ReplyTime(device.answer_seconds, device.stopped_seconds)
         try:
             with device.ledger() as ledger:
-                return _handle(task, device, ledger, leaves)
+                reply, clock = _handle(task, device, ledger, leaves), ledger.clock
+                recorded = clock()
         finally:
             leaves.wait()
+        if clock() - recorded > ENTRY_LIFETIME:
+            raise LedgerError("the device slept for more than a day before it could reply; nothing was sent")
+        return reply
 
 
 def _handle(task: Task, device: Device, ledger: Ledger, leaves: ReplyTime) -> Reply:
@@ -136,6 +141,8 @@ def _handle(task: Task, device: Device, ledger: Ledger, leaves: ReplyTime) -> Re
         reply = Refusal(device=device.name, reason=str(refusal))
     try:
         return _recorded(reply, task, device, ledger, entry)
+    except LateRelease as late:
+        return _recorded(Refusal(device=device.name, reason=str(late)), task, device, ledger, entry=None)
     except PolicyRefusal:  # the owner withdrew during the computation: delete the stored reply too
         if not isinstance(task, ExchangeTask):
             ledger.delete_replies(task.ledger_key)
@@ -179,7 +186,7 @@ def _recorded(reply: Reply, task: Task, device: Device, ledger: Ledger, entry: L
         reason=reply.reason if isinstance(reply, Refusal) else "",
         masked=isinstance(reply, ExchangeResult) and entry is not None,
     )
-    ledger.record_transmission(payload, info)
+    ledger.record_transmission(payload, info, device.policy.budgets)
     return reply
 
 
@@ -538,5 +545,5 @@ def _device_sum(
     if isinstance(config, MaskSettings):
         encryption = HomomorphicKeys.load(device.key_path) if isinstance(config, HomomorphicConfig) else None
         keys = DeviceKeys(signing=device.signing_key(), encryption=encryption)
-    fewest = device.policy.min_cohort_size
-    return device_sum(config, agreement, keys, context, smallest_cohort=fewest, dp=dp)
+    owner = OwnerTerms(smallest_cohort=device.policy.min_cohort_size, digest=device.policy.terms_digest)
+    return device_sum(config, agreement, keys, context, owner=owner, dp=dp)

@@ -41,7 +41,7 @@ from fedface.privacy.ledger_records import (
 )
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
-from fedface.privacy.releases import compose, event_to_json
+from fedface.privacy.releases import compose, event_from_json, event_to_json
 from fedface.privacy.spending import (
     ENTRY_LIFETIME,
     Activity,
@@ -66,6 +66,10 @@ _EXCHANGES = (
     "request BLOB NOT NULL, answer BLOB NOT NULL, PRIMARY KEY (run, round, exchange))"
 )
 _WORK = "CREATE TABLE work (run TEXT PRIMARY KEY, seconds REAL NOT NULL)"
+
+
+class LateRelease(PolicyRefusal):
+    """What was computed in an earlier period does not fit the one in which it is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +296,11 @@ class Ledger:
     def rounds_that_fit(self, dp: DPParameters, budget: Budget) -> int:
         """How many rounds of a new run a budget has room for now: as one run, or one by one in a period."""
         return rounds_that_fit(self._charged(budget), dp, budget)
+
+    @property
+    def clock(self) -> Clock:
+        """By which records are dated."""
+        return self._now
 
     def _time(self) -> datetime:
         """Now, in whole seconds, as records are dated."""
@@ -557,17 +566,24 @@ class Ledger:
             row = page.sql.execute("SELECT seconds FROM work WHERE run = ?", (run,)).fetchone()
         return None if row is None else float(row[0])
 
-    def record_transmission(self, payload: bytes, info: TransmissionInfo) -> Transmission:
-        """Record what is about to leave; send it once this has returned, and only then.
+    def record_transmission(
+        self, payload: bytes, info: TransmissionInfo, budgets: Sequence[Budget] = ()
+    ) -> Transmission:
+        """Record what is about to leave; send it once this has returned, within `ENTRY_LIFETIME`, and only then.
+
+        A period counts an entry from when it last left. One that is so old that a period no longer counts it leaves
+        only if it fits that period anew: a masked vector waits on the device until the server asks for it.
 
         Args:
             payload: Exactly what will be sent.
             info: For which round, where to, how protected, and which entry covers it.
+            budgets: What the owner allows; only periods matter here.
 
         Returns:
             The record. The same bytes for the same round are a record again, which says that they were resent.
 
         Raises:
+            LateRelease: A period has no room for an entry that it no longer counts; nothing may be sent.
             PolicyRefusal: The owner has withdrawn from this run, and this is not a refusal; nothing may be sent.
             LedgerError: The ledger cannot be trusted or written, or the entry does not cover this; nothing may be
                 sent.
@@ -580,6 +596,7 @@ class Ledger:
                 )
             if info.entry is not None:
                 self._check_covered(page, info, digest)
+                self._check_periods(page, info.entry, budgets)
             content = {
                 **{key: value for key, value in asdict(info).items() if key != "entry"},
                 "bytes": len(payload),
@@ -611,6 +628,27 @@ class Ledger:
         if reply is None or (reply.payload_digest != digest and not info.masked):
             raise LedgerError(f"entry {info.entry} of the ledger has another reply than this payload")
 
+    def _check_periods(self, page: Transaction, number: int, budgets: Sequence[Budget]) -> None:
+        """Raises LateRelease if an entry counts in a period no more and does not fit it now."""
+        entry = self._decode(page.records[number - 1])
+        assert isinstance(entry, LedgerEntry)
+        run = next((run for run in self._runs(page) if run.number == entry.covered_by), None)
+        for budget in budgets:
+            if budget.days is None:
+                continue
+            charged = self._charged_now(page, budget)
+            if any(charge.number in (entry.number, entry.covered_by) for charge in charged):
+                continue
+            whole = run is not None and fits_alone(event_from_json(run.event), run.unit, budget)
+            charge = run if run is not None and whole else entry
+            short = exceeded(charged, event_from_json(charge.event), budget, run_unit=charge.unit)
+            if short is not None:
+                raise LateRelease(
+                    f"round {entry.round} of {entry.run} was computed in an earlier period; to send it now requests "
+                    f"{short.describe()}",
+                    advice="Try again later.",
+                )
+
     def withdraw(self, run: str, reason: str = "") -> Withdrawal:
         """Leave a run for good; once this has returned, nothing but refusals is recorded for it, hence sent."""
         with self._chain.write_transaction() as page:
@@ -632,8 +670,8 @@ class Ledger:
             kind, entry = record.kind, record.entry
             if kind == LedgerEntry.KIND:
                 self._activity[record.number] = record.written, False
-            elif entry is not None and kind in (Attempt.KIND, StoredReply.KIND):
-                self._activity[entry] = record.written, kind == StoredReply.KIND
+            elif entry is not None and kind in (Attempt.KIND, StoredReply.KIND, Transmission.KIND):
+                self._activity[entry] = record.written, kind != Attempt.KIND
             if kind == LedgerEntry.KIND and entry is not None:
                 self._covered.setdefault(entry, []).append(record)
             elif kind in (RecordedRun.KIND, LedgerEntry.KIND):

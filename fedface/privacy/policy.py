@@ -8,6 +8,8 @@ sampling rate and the steps: an epsilon that a server reports is never used.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+from fedface.codec import encode
 from fedface.errors import PolicyRefusal
 from fedface.number_format import format_delta
 from fedface.privacy.budget import Budget
@@ -37,6 +40,7 @@ COOLDOWN = timedelta(minutes=15)  # after a computation began, where the policy 
 EVALUATION = "evaluation"  # the objective of a task that only measures
 LEAST_RATE = 10  # times delta: a smaller sampling rate lets delta cover the disclosure of those that join
 LARGE_DELTA = 1e-2  # above it, the probability that the bound does not hold must be stated
+CONDITIONS = ("hours", "require_ac_power", "min_battery", "max_load")  # when a device may work
 PROTOCOLS = ("masked", "homomorphic", "plain")  # the kinds of aggregation that there are
 OWN_METADATA = ("unit", "neighbours", "sampler", "noise")  # marks that follow from the terms alone
 
@@ -132,6 +136,12 @@ class DevicePolicy:
                 for period in self.periods
             ),
         )
+
+    @property
+    def terms_digest(self) -> str:
+        """A hash of everything but budgets and times: what may be sent, of which photos, and with whose noise."""
+        own = encode(self, leave_out=("max_epsilon", "periods", "expires", *CONDITIONS))
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
     @property
     def conditions(self) -> ParticipationConditions:

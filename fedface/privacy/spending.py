@@ -26,6 +26,7 @@ from fedface.privacy.ledger_records import (
     LedgerRecord,
     RecordedRun,
     StoredReply,
+    Transmission,
 )
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
@@ -33,13 +34,15 @@ from fedface.privacy.releases import event_from_json, flatten_event
 from fedface.privacy.renyi_filter import filter_epsilon, within_filter
 from fedface.privacy_units import Unit
 
-ENTRY_LIFETIME = timedelta(days=1)  # how long a computation may take; a later reply is not stored
+ENTRY_LIFETIME = timedelta(
+    days=1
+)  # how long a computation may take, and what was recorded may wait to be sent
 MAX_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
 MOMENTS = 24  # how often a total is computed for a table or a curve
 
 Events = list[tuple[Event, int]]  # each so many times
 
-# Of each entry, by its number: when its latest record was written, and whether that is its reply.
+# Of each entry, by its number: when its latest record was written, and whether it has a reply.
 Activity = dict[int, tuple[str, bool]]
 
 
@@ -54,16 +57,17 @@ def activity_of(records: Iterable[LedgerRecord]) -> Activity:
                 activity[record.entry] = record.written, False
             case StoredReply():
                 activity[record.entry] = record.written, True
+            case Transmission(entry=int(entry)):
+                activity[entry] = record.written, True
             case _:
                 pass
     return activity
 
 
 def counts_until(latest: tuple[str, bool]) -> datetime:
-    """The latest moment at which an entry's release may have left: its reply's, or the end of its lifetime."""
-    written, replied = latest
-    moment = in_utc(datetime.fromisoformat(written))
-    return moment if replied else moment + ENTRY_LIFETIME
+    """The latest moment at which an entry's release may leave without being counted anew."""
+    written, _ = latest
+    return in_utc(datetime.fromisoformat(written)) + ENTRY_LIFETIME
 
 
 def charges(records: Iterable[LedgerRecord]) -> list[Charge]:

@@ -32,7 +32,14 @@ from fedface.aggregation.masked import (
 )
 from fedface.aggregation.masked_device import MaskedDevice
 from fedface.aggregation.masked_server import MaskedServer
-from fedface.aggregation.payload import AggregationParameters, Exchange, MaskedConfig, Payload, SumContext
+from fedface.aggregation.payload import (
+    AggregationParameters,
+    Exchange,
+    MaskedConfig,
+    OwnerTerms,
+    Payload,
+    SumContext,
+)
 from fedface.aggregation.rehearsal import rehearse
 from fedface.errors import AggregationError
 from fedface.tensor_types import Vector
@@ -53,7 +60,7 @@ def device(number: int, **changes: object) -> MaskedDevice:
         ring=RING,
         context=CONTEXT,
         signing=KEYS[number],
-        smallest_cohort=2,
+        owner=OwnerTerms(smallest_cohort=2),
     )
     return replace(one, **changes)  # type: ignore[arg-type]
 
@@ -274,8 +281,8 @@ def test_keys_that_a_device_did_not_sign_stop_the_others() -> None:
 def test_a_sum_smaller_than_any_owner_admits_is_not_revealed() -> None:
     """One of four demands five: nothing begins. It demands four: their sum is revealed, and not that of three."""
     with pytest.raises(AggregationError, match="fewer than the 5"):
-        Sum(some(4) | {3: device(3, smallest_cohort=5)}).run()
-    four = some(4) | {3: device(3, smallest_cohort=4)}
+        Sum(some(4) | {3: device(3, owner=OwnerTerms(smallest_cohort=5))}).run()
+    four = some(4) | {3: device(3, owner=OwnerTerms(smallest_cohort=4))}
     assert torch.allclose(Sum(four).run(), expected(*range(4)), atol=1e-5)
     with pytest.raises(AggregationError, match="sum of 3 devices is not revealed: at least 4"):
         Sum(
@@ -529,7 +536,7 @@ def test_keys_that_would_stop_others_are_refused_by_name() -> None:
         signed = keys.sign(KEYS[1], CONTEXT).to_bytes()
         with pytest.raises(AggregationError, match=words):
             one.accept(1, message("keys", signed, length=LENGTH, round=3), "hostile")
-    greedy = device(2, smallest_cohort=2**32 - 1)
+    greedy = device(2, owner=OwnerTerms(smallest_cohort=2**32 - 1))
     one.accept(2, keys_of(greedy, protected(greedy, 2)), "greedy")
     assert one.close() == {2: f"its owner demands a sum of {2**32 - 1} devices, 3 gave keys"}
 

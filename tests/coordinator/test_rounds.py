@@ -368,6 +368,51 @@ def test_a_server_that_opens_a_sum_again_with_fewer_devices_gets_nothing(tmp_pat
     assert [len(ledger_of(cohort, member).entries) for member in range(3)] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("back", [2, 4])
+@pytest.mark.parametrize("lost_in", ["TrainTask", "shares", "masked"])
+def test_a_round_is_resumed_by_fewer_or_more_devices_than_it_was_begun_with(
+    lost_in: str, back: int, tmp_path: Path
+) -> None:
+    """Stored keys are signed for a sum of three. Once the list of participants is fixed, a fourth cannot join."""
+    changes = {**MASKED, "devices.light_fractions": "[0.5, 0.5, 0.5, 0.5]"}
+    cohort = cohort_of(tmp_path, {**changes, "aggregation": "{kind: masked, corrupt_share: 0}"})
+    connected = [3, back]
+
+    def lose(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        name = task.exchange if isinstance(task, ExchangeTask) else type(task).__name__
+        return Failure("no answer") if member and name == lost_in else reply
+
+    cohort.tamper = lose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cohort, "members", lambda required: range(connected.pop(0)))
+        with pytest.raises(FederationError):
+            rounds(cohort.experiment, cohort)
+        cohort.tamper = honest
+        (record,) = rounds(cohort.experiment, cohort).rounds
+    joined = back if lost_in == "TrainTask" else min(back, 3)
+    assert record.participants == tuple(f"device-{member:02d}" for member in range(joined))
+    assert not (cohort.folder / "sums").exists()
+
+
+def test_a_sum_whose_participants_do_not_come_back_is_given_up(tmp_path: Path) -> None:
+    """Two of three must: one came back, beside a device that was not there when the sum was begun."""
+    cohort = cohort_of(tmp_path, {**MASKED, "devices.light_fractions": "[0.5, 0.5, 0.5, 0.5]"})
+    connected = [[0, 1, 2], [0, 3]]
+
+    def lose(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        return Failure("no answer") if isinstance(task, ExchangeTask) and task.exchange == "masked" else reply
+
+    cohort.tamper = lose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cohort, "members", lambda required: connected.pop(0))
+        with pytest.raises(FederationError, match="resume to try again, once more"):
+            rounds(cohort.experiment, cohort)
+        cohort.tamper = honest
+        (record,) = rounds(cohort.experiment, cohort).rounds
+    assert record.participants == ()
+    assert torch.equal(weights_after(cohort.folder, 1), weights_after(cohort.folder, 0))
+
+
 def test_nothing_of_an_update_stays_on_a_device_after_its_sum(tmp_path: Path) -> None:
     """Its stored reply is the keys that it sent."""
     cohort = cohort_of(tmp_path, MASKED)

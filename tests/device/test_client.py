@@ -6,8 +6,10 @@ import gc
 import sqlite3
 import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,15 +18,18 @@ from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, tiny_way, 
 
 from fedface.aggregation.payload import Exchange, HomomorphicConfig, Payload
 from fedface.aggregation.protocols import server_sum
+from fedface.aggregation.sums import ServerSum
 from fedface.device.client import handle_task
 from fedface.device.config import PAUSED_FILE
 from fedface.device.device import Device
+from fedface.device.reply_time import ReplyTime
 from fedface.errors import AggregationError, LedgerError, PrivacyError, WeightsError
 from fedface.experiment import Experiment
 from fedface.messages.messages import (
     ExchangeResult,
     ExchangeTask,
     Refusal,
+    Reply,
     TrainResult,
     TrainTask,
     sum_context,
@@ -41,6 +46,7 @@ from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.participation_conditions import NOT_NOW_MESSAGE, ConditionsNotMet
+from fedface.privacy.policy import Period
 from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import GanRound
@@ -499,6 +505,97 @@ def test_a_device_decrypts_one_sum_of_a_round_that_it_took_part_in(tmp_path: Pat
     ):
         refused = handle_task(changed, holder)
         assert isinstance(refused, Refusal) and reason in refused.reason
+
+
+@pytest.fixture
+def masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MaskedRounds:
+    """Two devices of runs with masked sums, and their clock."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"aggregation": "{kind: masked}"})
+    first = first_device(experiment, tmp_path / "states")
+    found = MaskedRounds(experiment, [first, simulated_device(experiment, 1, tmp_path / "states")])
+    monkeypatch.setattr(Device, "ledger", lambda self: Ledger.open(self.ledger_path, now=lambda: found.now))
+    return found
+
+
+@dataclass
+class MaskedRounds:
+    """Sums that a server leaves waiting before it asks for the vectors."""
+
+    experiment: Experiment
+    devices: list[Device]
+    now: datetime = datetime(2027, 1, 1, tzinfo=UTC)
+
+    def begun(self, run: str) -> tuple[TrainTask, ServerSum]:
+        """The devices have computed their vectors, and sent keys."""
+        task = replace(train_task(self.experiment, tiny_gan(), run=run), cohort=2)
+        server = server_sum(
+            self.experiment.aggregation, self.experiment.agreement, sum_context(task), len(task.weights)
+        )
+        for member, device in enumerate(self.devices):
+            reply = handle_task(task, device)
+            assert isinstance(reply, TrainResult), reply
+            server.accept(member, Payload.from_bytes(reply.payload), device.name)
+        return task, server
+
+    def asked(self, task: TrainTask, server: ServerSum) -> Iterator[Reply]:
+        """The replies to the exchange in which the vectors leave."""
+        for request in server.exchanges():
+            for member, content in request.contents.items():
+                reply = handle_task(exchange_task(task, request.exchange, content), self.devices[member])
+                if request.exchange == "masked":
+                    yield reply
+                if isinstance(reply, ExchangeResult):
+                    request.receive(member, reply.content)
+
+
+def test_masked_vectors_of_three_weeks_do_not_leave_in_one(masked: MaskedRounds) -> None:
+    """A budget for one run in any seven days: a server that hoards sums and asks for all at once gets the last one."""
+    price = epsilon_of(masked.experiment.plan().total_event(), 1e-3).upper
+    policy = replace(
+        masked.devices[0].policy, max_epsilon=100.0, periods=(Period(days=7, epsilon=price + 1e-6),)
+    )
+    masked.devices = [replace(device, policy=policy) for device in masked.devices]
+    sums = []
+    for run in ("a", "b", "c"):
+        masked.now += timedelta(days=9)
+        sums.append(masked.begun(run))
+    for (task, server), sent in zip(reversed(sums), (True, False, False), strict=True):
+        found = masked.asked(task, server)
+        reply = next(found)
+        assert isinstance(reply, ExchangeResult) is sent
+        if isinstance(reply, Refusal):
+            assert "was computed in an earlier period" in reply.reason
+
+
+def test_a_masked_vector_stays_where_the_owner_has_changed_the_policy(masked: MaskedRounds) -> None:
+    """Computed when folders were allowed that are excluded now; a larger budget changes nothing."""
+    task, server = masked.begun("a")
+    allowed = masked.devices[0].policy
+    generous = replace(allowed, max_epsilon=99.0, hours=("00:00-23:59",))
+    strict = replace(allowed, exclude_folders=(Path("private"),))
+    masked.devices = [
+        replace(device, policy=policy)
+        for device, policy in zip(masked.devices, (generous, strict), strict=True)
+    ]
+    found = masked.asked(task, server)
+    with pytest.raises(AggregationError, match="the owner has changed the policy"):
+        list(found)
+    ledgers = [Ledger.open(device.ledger_path).read() for device in masked.devices]
+    sent = [[line.kind for line in each.transmissions] for each in ledgers]
+    assert "update" not in sent[1]
+
+
+def test_a_device_that_slept_for_more_than_a_day_before_it_could_reply_sends_nothing(
+    masked: MaskedRounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ledger says when: a period counts the reply from then."""
+
+    def sleep(self: ReplyTime) -> None:
+        masked.now += timedelta(days=1, seconds=1)
+
+    monkeypatch.setattr(ReplyTime, "wait", sleep)
+    with pytest.raises(LedgerError, match="slept for more than a day"):
+        masked.begun("a")
 
 
 def test_a_device_decrypts_nothing_before_it_has_signed_a_list_of_survivors(tmp_path: Path) -> None:

@@ -16,8 +16,14 @@ from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import replace_one_event
 from fedface.privacy.budget import Budget, format_upper_bound
 from fedface.privacy.hash_chain import Record
-from fedface.privacy.ledger import Ledger
-from fedface.privacy.ledger_records import LedgerEntry, LedgerRecord, StoredReply, decode
+from fedface.privacy.ledger import LateRelease, Ledger
+from fedface.privacy.ledger_records import (
+    LedgerEntry,
+    LedgerRecord,
+    StoredReply,
+    TransmissionInfo,
+    decode,
+)
 from fedface.privacy.renyi_filter import filter_epsilon
 
 
@@ -93,7 +99,7 @@ def test_a_period_budget_frees_up_and_the_lifetime_budget_does_not(tmp_path: Pat
     monthly = Budget(epsilon=cost_of(3), delta=DELTA, days=30)
     lifelong = Budget(epsilon=cost_of(7), delta=DELTA)
     recorded = []
-    for days in (0, 29, 31, 31, 365):
+    for days in (0, 29, 32, 32, 365):
         clock.today += timedelta(days=days)
         recorded.append(runs_until_refused(ledger, str(clock.today), lifelong, monthly))
     assert recorded == [3, 0, 3, 1, 0]
@@ -103,20 +109,20 @@ def test_a_period_budget_frees_up_and_the_lifetime_budget_does_not(tmp_path: Pat
 
 
 def test_a_period_ends_to_the_second(tmp_path: Path) -> None:
-    """An entry counts while it is at most 30 days old, to the second."""
+    """An entry counts while it is at most 31 days old, to the second: its reply may leave for a day."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     monthly = Budget(epsilon=cost_of(1), delta=DELTA, days=30)
     entry = record_run(ledger, [monthly], run="r")
     ledger.store_reply("r", 1, b"payload", attempt=entry.attempt)
     start = clock.today
-    clock.today = start + timedelta(days=30)
+    clock.today = start + timedelta(days=31)
     shortfall = ledger.check_budget(EVENT, [monthly], run_unit="photo")
     assert shortfall is not None and "per photo in any 30 days" in shortfall.describe()
-    clock.today = start + timedelta(days=30, seconds=1)
+    clock.today = start + timedelta(days=31, seconds=1)
     assert ledger.check_budget(EVENT, [monthly], run_unit="photo") is None
     assert ledger.spent_against(monthly).upper == 0.0
-    clock.today = start + timedelta(days=30)
+    clock.today = start + timedelta(days=31)
     assert ledger.spent_against(monthly).upper > 0.0
 
 
@@ -147,16 +153,46 @@ def test_an_entry_with_a_late_reply_counts_from_its_reply(tmp_path: Path) -> Non
     with pytest.raises(PolicyRefusal, match="in any 7 days"):
         record_run(ledger, weekly, run="r")
     ledger.store_reply("s", 1, b"payload", attempt=other.attempt)
-    clock.today += timedelta(days=8)
+    clock.today += timedelta(days=8, hours=1)
     assert record_run(ledger, weekly, run="r") == first
     ledger.record_attempt("r", 1, attempt=1)
     clock.today += timedelta(hours=23)
     ledger.store_reply("r", 1, b"payload", attempt=1)
-    clock.today += timedelta(days=6, hours=23)
+    clock.today += timedelta(days=7, hours=23)
     with pytest.raises(PolicyRefusal, match="in any 7 days"):
         record_run(ledger, weekly, run="t")
     clock.today += timedelta(hours=2)
     record_run(ledger, weekly, run="t")
+
+
+def test_what_leaves_after_its_period_must_fit_the_present_one(tmp_path: Path) -> None:
+    """A masked vector waits until it is asked for: hoarded ones cannot all leave in one week."""
+    clock = Calendar()
+    ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
+    weekly = [Budget(epsilon=50.0, delta=DELTA), Budget(epsilon=cost_of(1), delta=DELTA, days=7)]
+
+    def computed(run: str) -> TransmissionInfo:
+        entry = record_run(ledger, weekly, run=run)
+        ledger.store_reply(run, 1, b"keys", attempt=entry.attempt)
+        return TransmissionInfo(
+            run=run, round=1, kind="update", receiver="", protection="", entry=entry.number, masked=True
+        )
+
+    first = computed("a")
+    clock.today += timedelta(days=9)
+    second = computed("b")
+    with pytest.raises(LateRelease, match="round 1 of a was computed in an earlier period.*in any 7 days"):
+        ledger.record_transmission(b"vector", first, weekly)
+    clock.today += timedelta(hours=20)
+    ledger.record_transmission(b"vector", second, weekly)
+    clock.today += timedelta(days=8)
+    with pytest.raises(LateRelease):
+        ledger.record_transmission(b"vector", first, weekly)
+    clock.today += timedelta(seconds=2)
+    ledger.record_transmission(b"vector", first, weekly)
+    with pytest.raises(PolicyRefusal, match="in any 7 days"):  # it counts from when it left
+        computed("c")
+    ledger.record_transmission(b"vector", first, weekly)  # again, while it counts
 
 
 def test_a_stored_reply_is_sent_again_where_nothing_more_may_be_released(tmp_path: Path) -> None:

@@ -334,7 +334,9 @@ def test_evaluation_is_admitted_and_recorded_like_training(ledger: Ledger) -> No
 
 
 def test_a_period_pauses_a_run_and_lets_it_continue(tmp_path: Path) -> None:
-    """A budget for one round in any seven days: the second waits a week, and the lifetime budget covers all four."""
+    """A budget for one round in any seven days: the second waits eight, since a reply may leave for a day, and the
+    lifetime budget covers all four.
+    """
     time = datetime(2027, 1, 1, tzinfo=UTC)
     ledger = Ledger.open(tmp_path / "ledger.db", now=lambda: time)
     policy = replace(POLICY, periods=(Period(days=7, epsilon=ONE_ROUND + 1e-6),))
@@ -351,7 +353,7 @@ def test_a_period_pauses_a_run_and_lets_it_continue(tmp_path: Path) -> None:
             policy.admit(TERMS, Purpose(3, "homomorphic", "generator", 0.1), ledger, run="r", round=round + 1)
         with pytest.raises(PolicyRefusal, match="in any 7 days"):
             policy.record(TERMS, ledger, run="r", round=round + 1)
-        time += timedelta(days=7, seconds=1)
+        time += timedelta(days=8, seconds=1)
     assert [entry.round for entry in ledger.entries()] == [1, 2, 3, 4]
 
 
