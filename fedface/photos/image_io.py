@@ -16,7 +16,6 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -34,7 +33,6 @@ from PIL import (
 )
 
 from fedface.errors import PhotoError
-from fedface.photos.capture_date import Precision
 from fedface.photos.exif import ExifMetadata, read_exif
 from fedface.platforms import BINARY, NO_WAITING
 
@@ -91,10 +89,7 @@ class Photo:
     width: int  # pixels of the whole photo, after turning it upright
     height: int
     kind: str  # one of READ_KINDS
-    taken: datetime | None = None
-    place: tuple[float, float] | None = None  # latitude and longitude in degrees
-    camera: str | None = None
-    date_precision: Precision = "exact"
+    metadata: ExifMetadata
 
 
 def sniff(head: bytes) -> str | None:
@@ -253,10 +248,7 @@ def _upright_srgb(image: ImageFile.ImageFile, kind: str, longest_side: int | Non
         turned = turned.transpose(_TURNS[orientation])
         if orientation >= 5:
             width, height = height, width
-    pixels = np.asarray(turned, dtype=np.uint8)
-    return Photo(
-        pixels, width, height, kind, metadata.taken, metadata.place, metadata.camera, metadata.date_precision
-    )
+    return Photo(np.asarray(turned, dtype=np.uint8), width, height, kind, metadata)
 
 
 _TURNS = {

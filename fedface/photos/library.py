@@ -250,14 +250,15 @@ _TAKEN: dict[Precision, str] = {"exact": "%Y-%m-%d %H:%M", "day": "%Y-%m-%d", "u
 
 
 def _row(record: PhotoRecord) -> ScanRow:
-    unreadable = "unreadable" if record.date_precision == "unreadable" else ""
+    metadata = record.metadata
+    unreadable = "unreadable" if metadata.date_precision == "unreadable" else ""
     name = os.fsencode(record.path).decode("utf-8", errors="replace").replace("\ufffd", "?")
     return ScanRow(
         file="".join(letter if letter.isprintable() else "?" for letter in name),
         kind=record.kind or "",
         size=f"{record.width} x {record.height}" if record.width else "",
-        taken=record.taken.strftime(_TAKEN[record.date_precision]) if record.taken else unreadable,
-        place=f"{record.place[0]:.2f}, {record.place[1]:.2f}" if record.place else "",
+        taken=metadata.taken.strftime(_TAKEN[metadata.date_precision]) if metadata.taken else unreadable,
+        place=f"{metadata.place[0]:.2f}, {metadata.place[1]:.2f}" if metadata.place else "",
         faces=len(record.faces),
         reason=record.reason,
     )

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from fedface.errors import LibraryError
-from fedface.photos.capture_date import Precision
+from fedface.photos.exif import ExifMetadata
 from fedface.photos.face_alignment import Face, alignment_side
 from fedface.photos.occasions import PhotoSignature
 
@@ -85,12 +85,9 @@ class PhotoRecord:
     kind: str | None = None
     width: int | None = None  # pixels, upright
     height: int | None = None
-    taken: datetime | None = None
-    place: tuple[float, float] | None = None  # latitude and longitude in degrees
-    camera: str | None = None
+    metadata: ExifMetadata = ExifMetadata()
     fingerprint: bytes | None = None  # None also for a picture that shows nothing clear
     faces: tuple[Face, ...] = ()  # largest first, in pixels of the whole upright photo
-    date_precision: Precision = "exact"  # of `taken`
     content: bytes = b""  # SHA-256 of the file's bytes, of photos that were read
 
 
@@ -245,7 +242,8 @@ class ScanWriter:
 
     def record(self, photo: PhotoRecord) -> None:
         """Write or replace a file's row; its crop, which belongs to the earlier file, is deleted."""
-        latitude, longitude = photo.place or (None, None)
+        metadata = photo.metadata
+        latitude, longitude = metadata.place or (None, None)
         faces = photo.faces[:MAX_FACES]
         numbers = [[*face.box, *face.landmarks.reshape(-1), face.score] for face in faces]
         written = self._connection.execute(
@@ -253,9 +251,9 @@ class ScanWriter:
             (
                 os.fsencode(photo.path), self._detector, photo.state.bytes, photo.state.changed, self._scan,
                 photo.status, photo.reason, photo.kind, photo.width, photo.height,
-                photo.taken.isoformat() if photo.taken else None, latitude, longitude, photo.camera,
+                metadata.taken.isoformat() if metadata.taken else None, latitude, longitude, metadata.camera,
                 photo.fingerprint, len(faces), alignment_side(faces[0].landmarks) if faces else 0.0,
-                json.dumps(numbers), photo.date_precision, photo.content,
+                json.dumps(numbers), metadata.date_precision, photo.content,
             ),
         )  # fmt: skip
         self._connection.execute("DELETE FROM crop WHERE photo = ?", written.fetchone())
@@ -318,9 +316,10 @@ def all_read(
     for row in connection.execute(query, (detector,)):
         rows.append(row["number"])
         paths.append(Path(os.fsdecode(row["path"])))
+        metadata = _metadata(row)
         signature = PhotoSignature(
-            folder=paths[-1].parent, taken=_taken(row), place=_place(row), fingerprint=row["fingerprint"],
-            date_precision=row["date_precision"], content=row["content"],
+            folder=paths[-1].parent, taken=metadata.taken, place=metadata.place, fingerprint=row["fingerprint"],
+            date_precision=metadata.date_precision, content=row["content"],
         )  # fmt: skip
         signatures.append(signature)
     return np.array(rows, dtype=np.int64), paths, signatures
@@ -341,26 +340,26 @@ def stored_crop(connection: sqlite3.Connection, row_number: int, size: int) -> n
     return None if row is None else np.frombuffer(row[0], dtype=np.uint8).reshape(size, size, 3)
 
 
-_SAME = ("status", "reason", "kind", "width", "height", "camera", "fingerprint", "date_precision", "content")
+_SAME = ("status", "reason", "kind", "width", "height", "fingerprint", "content")
 
 
 def _record(row: sqlite3.Row) -> PhotoRecord:
     return PhotoRecord(
         path=Path(os.fsdecode(row["path"])),
         state=FileStamp(bytes=row["bytes"], changed=row["changed"]),
-        taken=_taken(row),
-        place=_place(row),
+        metadata=_metadata(row),
         faces=tuple(_face(numbers) for numbers in json.loads(row["faces"])),
         **{name: row[name] for name in _SAME},
     )
 
 
-def _taken(row: sqlite3.Row) -> datetime | None:
-    return datetime.fromisoformat(row["taken"]) if row["taken"] else None
-
-
-def _place(row: sqlite3.Row) -> tuple[float, float] | None:
-    return None if row["latitude"] is None else (row["latitude"], row["longitude"])
+def _metadata(row: sqlite3.Row) -> ExifMetadata:
+    return ExifMetadata(
+        taken=datetime.fromisoformat(row["taken"]) if row["taken"] else None,
+        place=None if row["latitude"] is None else (row["latitude"], row["longitude"]),
+        camera=row["camera"],
+        date_precision=row["date_precision"],
+    )
 
 
 def _face(numbers: list[float]) -> Face:

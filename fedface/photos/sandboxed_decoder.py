@@ -29,7 +29,7 @@ import numpy as np
 import fedface
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.capture_date import YEARS
-from fedface.photos.exif import MAX_TEXT_LENGTH
+from fedface.photos.exif import MAX_TEXT_LENGTH, ExifMetadata
 from fedface.photos.image_io import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -260,10 +260,12 @@ def parse_reply(reply: Any, pixels: bytearray) -> Photo | PhotoError:
         width=_whole(reply["width"], MAX_PIXELS),
         height=_whole(reply["height"], MAX_PIXELS),
         kind=reply["kind"],
-        taken=date,
-        place=place,
-        camera=None if camera is None else _short_text(camera, MAX_TEXT_LENGTH),
-        date_precision=reply["date_precision"],
+        metadata=ExifMetadata(
+            taken=date,
+            place=place,
+            camera=None if camera is None else _short_text(camera, MAX_TEXT_LENGTH),
+            date_precision=reply["date_precision"],
+        ),
     )
 
 
@@ -299,16 +301,16 @@ def decode_requests(requests: BinaryIO, replies: BinaryIO, *, limits: Limits) ->
         except PhotoError as refusal:
             reply = {"refused": _one_line(refusal)}
         else:
-            pixels = photo.pixels.tobytes()
+            pixels, metadata = photo.pixels.tobytes(), photo.metadata
             reply = {
                 "shape": photo.pixels.shape,
                 "width": photo.width,
                 "height": photo.height,
                 "kind": photo.kind,
-                "taken": photo.taken.isoformat() if photo.taken else None,
-                "place": photo.place,
-                "camera": photo.camera,
-                "date_precision": photo.date_precision,
+                "taken": metadata.taken.isoformat() if metadata.taken else None,
+                "place": metadata.place,
+                "camera": metadata.camera,
+                "date_precision": metadata.date_precision,
             }
         text = json.dumps(reply).encode()
         replies.write(HEADER.pack(len(text), len(pixels)) + text)

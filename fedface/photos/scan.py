@@ -236,12 +236,9 @@ class _Scan:
                 kind=photo.kind,
                 width=photo.width,
                 height=photo.height,
-                taken=photo.taken,
-                place=photo.place,
-                camera=photo.camera,
+                metadata=photo.metadata,
                 fingerprint=fingerprint(pixels),
                 faces=faces,
-                date_precision=photo.date_precision,
                 content=content,
             )
         except Exception as error:

@@ -307,7 +307,7 @@ def test_dates_are_found_in_the_files_of_every_kind(tmp_path: Path) -> None:
     whole = plain.getvalue()
     (tmp_path / "iptc.jpg").write_bytes(whole[:2] + iptc_block(b"20160504", b"133520+0000") + whole[2:])
     for name in ("a.jpg", "a.webp", "a.heic", "iptc.jpg"):
-        assert read_photo(tmp_path / name).taken == AFTERNOON, name
+        assert read_photo(tmp_path / name).metadata.taken == AFTERNOON, name
 
 
 @pytest.mark.parametrize("place", [0, 1, 3, 4, 5, 7])
@@ -317,7 +317,7 @@ def test_an_exif_block_with_a_damaged_header_may_have_held_a_date(tmp_path: Path
     content = bytearray((tmp_path / "a.jpg").read_bytes())
     content[content.index(b"Exif\0\0") + 6 + place] ^= 0x7F
     (tmp_path / "a.jpg").write_bytes(content)
-    found = read_photo(tmp_path / "a.jpg")
+    found = read_photo(tmp_path / "a.jpg").metadata
     assert (found.taken, found.date_precision) == (None, "unreadable")
 
 
@@ -326,12 +326,12 @@ def test_a_truncated_exif_block_has_no_usable_date(tmp_path: Path) -> None:
     photo(tmp_path / "whole.jpg", 1, original="2016:05:04 13:35:20", changed=EDITED)
     content = (tmp_path / "whole.jpg").read_bytes()
     start = content.index(b"2016:05:04")
-    assert read_photo(tmp_path / "whole.jpg").taken == AFTERNOON
+    assert read_photo(tmp_path / "whole.jpg").metadata.taken == AFTERNOON
     marker = content.index(b"\xff\xe1")
     length = struct.unpack(">H", content[marker + 2 : marker + 4])[0]
     cut = struct.pack(">H", start + 4 - marker - 2)
     (tmp_path / "cut.jpg").write_bytes(
         content[: marker + 2] + cut + content[marker + 4 : start + 4] + content[marker + 2 + length :]
     )
-    found = read_photo(tmp_path / "cut.jpg")
+    found = read_photo(tmp_path / "cut.jpg").metadata
     assert (found.taken, found.date_precision) == (None, "unreadable")

@@ -284,8 +284,9 @@ def test_a_reply_of_the_sandbox_is_a_photo() -> None:
     photo = parse_reply(REPLY, bytearray(range(18)))
     assert not isinstance(photo, PhotoError)
     assert photo.pixels.shape == (2, 3, 3) and photo.pixels.flatten().tolist() == list(range(18))
-    assert (photo.width, photo.height, photo.kind, photo.camera) == (30, 20, "PNG", "Box")
-    assert photo.place == (48.0, 16.0) and photo.taken is not None and photo.taken.year == 2024
+    assert (photo.width, photo.height, photo.kind, photo.metadata.camera) == (30, 20, "PNG", "Box")
+    assert photo.metadata.place == (48.0, 16.0)
+    assert photo.metadata.taken is not None and photo.metadata.taken.year == 2024
 
 
 @pytest.mark.parametrize(

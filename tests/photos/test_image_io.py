@@ -106,14 +106,17 @@ def test_every_file_of_the_sample_library_is_read_or_refused_as_pillow_would(sha
             # Of two photos the manifest lists the date of an edit: one has another in IPTC, the other has none.
             edited = row["file"] in ("camera/long_description.jpg", "odd/pil_sample_cmyk.jpg")
             if row["date"] and not edited and not row["file"].startswith("corrupt/"):
-                assert photo.taken is not None and photo.date_precision == "exact"
-                assert f"{photo.taken:%Y:%m:%d %H:%M:%S}" == row["date"]
+                assert photo.metadata.taken is not None and photo.metadata.date_precision == "exact"
+                assert f"{photo.metadata.taken:%Y:%m:%d %H:%M:%S}" == row["date"]
 
 
 def test_date_place_and_camera_of_a_photo_are_read(shared: Path) -> None:
     photo = read_photo(shared / "data" / "library" / "made" / "face.heic")
-    assert (photo.taken, photo.camera) == (datetime(2024, 5, 6, 7, 8, 9), "ExampleCam Model 1")
-    assert photo.place == pytest.approx((51.507, -0.128), abs=1e-3)
+    assert (photo.metadata.taken, photo.metadata.camera) == (
+        datetime(2024, 5, 6, 7, 8, 9),
+        "ExampleCam Model 1",
+    )
+    assert photo.metadata.place == pytest.approx((51.507, -0.128), abs=1e-3)
 
 
 def test_degrees_minutes_and_seconds_become_signed_degrees() -> None:
@@ -437,4 +440,4 @@ def test_the_child_process_returns_the_same_as_this_process(shared: Path) -> Non
                 continue
             here = read_photo(path, longest_side=300)
             assert np.array_equal(answer.pixels, here.pixels)
-            assert (answer.taken, answer.place, answer.camera) == (here.taken, here.place, here.camera)
+            assert answer.metadata == here.metadata
