@@ -185,9 +185,9 @@ class AdmittedPlans:
             PolicyRefusal: It is of none.
             ConfigError: A plan is damaged.
         """
-        differences = {plan.name: plan.difference(task) for plan in self.read().values()}
-        if "" not in differences.values():
-            where = "".join(f"; it differs from {name} in {path}" for name, path in differences.items())
+        differences = [(plan.name, plan.difference(task)) for plan in self.read().values()]
+        if all(path for _, path in differences):
+            where = "".join(f"; it differs from {name} in {path}" for name, path in differences)
             raise PolicyRefusal(
                 f"this request is of no run plan that the owner of this device has admitted{where}",
                 advice="Send the owner the plan's hash.",

@@ -17,7 +17,7 @@ from fedface.coordinator.model_ranking import ranking_plan
 from fedface.coordinator.requests import run_plan
 from fedface.device.client import handle_task
 from fedface.device.device import Device
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, PolicyRefusal
 from fedface.experiment import Experiment, for_ranking
 from fedface.messages.messages import (
     EvaluateResult,
@@ -79,6 +79,24 @@ def test_a_request_that_differs_from_the_plan_is_refused_before_it_is_recorded(
     assert isinstance(answer, Refusal)
     assert answer.reason.endswith("differs from tiny in dp.noise_multiplier. Send the owner the plan's hash.")
     assert Ledger.open(device.ledger_path).entries() == []
+
+
+def test_requests_of_both_admitted_plans_of_one_name_are_answered(
+    device: Device, task: TrainTask, signed: SignedPlan
+) -> None:
+    """An operator changed a run and published it again; what differs from both is refused with each difference."""
+    assert device.plans is not None
+    quiet, clipped = (
+        replace(task, config=replace(task.config, dp=replace(task.config.dp, **change)))
+        for change in ({"noise_multiplier": 3.0}, {"update_clip_norm": 0.5})
+    )
+    changed = replace(signed.plan, training=quiet.config).signed(OPERATOR)
+    device.plans.path(changed.hash).write_bytes(changed.to_bytes())
+    device.plans.check(task)
+    device.plans.check(quiet)
+    with pytest.raises(PolicyRefusal) as refusal:
+        device.plans.check(clipped)
+    assert str(refusal.value).count("it differs from tiny in dp.") == 2
 
 
 def test_an_unplanned_evaluation_is_refused(device: Device, task: TrainTask, experiment: Experiment) -> None:
