@@ -78,7 +78,10 @@ def test_the_bound_on_secrecy_covers_every_attack_on_small_graphs(
 
 @pytest.mark.parametrize(("devices", "graphs"), [(40, 60), (60, 30), (100, 10), (300, 2), (1000, 1)])
 def test_withheld_shares_exclude_no_more_devices_than_reported(devices: int, graphs: int) -> None:
-    """A greedy server drops those that chose the least chosen device, then the next, while the dropouts last."""
+    """A greedy server drops those that chose the least chosen device, then the next, while the dropouts last.
+
+    So many honest devices remain in the sum as are reported, also if all dropouts are honest.
+    """
     graph, rng, most = mask_graph(devices), np.random.default_rng(0), 0
     honest = range(devices - graph.corrupt)
     for _ in range(graphs):
@@ -95,6 +98,7 @@ def test_withheld_shares_exclude_no_more_devices_than_reported(devices: int, gra
             excluded.add(best)
         most = max(most, len(excluded))
     assert most <= graph.isolated
+    assert len(honest) - graph.dropouts - most >= graph.contributors
     assert most > 0 or devices > 200  # so that the neighbours by either direction are too many to count
 
 

@@ -334,28 +334,92 @@ def test_a_sum_without_enough_signatures_is_not_revealed() -> None:
         assert not any(exchange == "reveal" for exchange, _ in one.answers)
 
 
+def index_of(number: int, count: int) -> int:
+    """The index of a device in the list of the first `count` devices."""
+    ordered = sorted(range(count), key=lambda each: KEYS[each].public_key().public_bytes_raw())
+    return ordered.index(number)
+
+
+def without_device_5(exchange: Exchange, member: int, content: bytes) -> bytes:
+    """Of six devices the server tells device 0 that device 5 gave no shares, so that it masks without that partner."""
+    if exchange != "masked" or member != 0:
+        return content
+    listed, sealed = read_message(content, "masked", 2, length=LENGTH, round=3)
+    hidden = index_of(5, 6)
+    members = Members(indices=Members.from_bytes(listed, 6).indices - {hidden})
+    left = b"".join(SEALED.pack(*entry) for entry in SEALED.iter_unpack(sealed) if entry[0] != hidden)
+    return message("masked", members.written, left, length=LENGTH, round=3).to_bytes()
+
+
 def test_the_masks_of_a_device_that_was_told_of_other_partners_are_not_revealed() -> None:
-    """The server tells device 0 that device 5 gave no shares, so that it masks without that partner.
-
-    No one reveals the mask of device 0, since it signed another list; its vector stays hidden and the sum closed.
-    """
-    one = Sum(some(6))
-    keys = sorted(range(6), key=lambda number: KEYS[number].public_key().public_bytes_raw())
-
-    def lie(exchange: Exchange, member: int, content: bytes) -> bytes:
-        if exchange != "masked" or member != 0:
-            return content
-        listed, sealed = read_message(content, "masked", 2, length=LENGTH, round=3)
-        hidden = keys.index(5)
-        members = Members(indices=Members.from_bytes(listed, 6).indices - {hidden})
-        left = b"".join(SEALED.pack(*entry) for entry in SEALED.iter_unpack(sealed) if entry[0] != hidden)
-        return message("masked", members.written, left, length=LENGTH, round=3).to_bytes()
-
-    one.tamper = lie
+    """No one reveals the mask of device 0, since it signed another list; its vector stays hidden and the sum closed."""
+    one = Sum(some(6), tamper=without_device_5)
     one.run()
     assert ("masked", 0) in one.answers and "has not signed the participants" in one.errors["masked", 0]
     assert one.server.result().members == {1, 2, 3, 4, 5}
     assert revealed_masks(one) == own_masks(one, 1, 2, 3, 4, 5)
+
+
+def test_partners_reveal_no_mask_of_a_device_whose_signature_of_the_participants_they_are_not_shown() -> None:
+    """A hostile server adds the vector of device 0 all the same and names it a survivor.
+
+    Else it could name no partner at all to device 0, whose vector would have a mask of its own alone.
+    """
+
+    def hide(exchange: Exchange, member: int, content: bytes) -> bytes:
+        if exchange != "reveal":
+            return without_device_5(exchange, member, content)
+        signed, masked = read_message(content, "reveal", 2, length=LENGTH, round=3)
+        shown = [each for each in SIGNATURE.iter_unpack(masked) if each[0] != index_of(0, 6)]
+        left = b"".join(SIGNATURE.pack(*each) for each in shown)
+        return message("reveal", signed, left, length=LENGTH, round=3).to_bytes()
+
+    one = Sum(some(6), tamper=hide)
+
+    def unverified(exchange: Exchange, member: int, answer: bytes) -> bytes:
+        if exchange != "masked" or member != 0:
+            return answer
+        (listed,) = read_message(one.requests[0]["shares"], "shares", 1, length=LENGTH, round=3)
+        everybody = Members(indices=frozenset(range(6)))
+        content = Participants.from_bytes(listed, CONTEXT, CONFIG).included_signed(everybody)
+        written, _ = read_message(answer, "masked", 2, length=LENGTH, round=3)
+        return message("masked", written, KEYS[0].sign(content), length=LENGTH, round=3).to_bytes()
+
+    one.answered = unverified
+    with pytest.raises(AggregationError, match="cannot be removed"):
+        one.run()
+    revealed = {member: answer for (exchange, member), answer in one.answers.items() if exchange == "reveal"}
+    assert set(revealed) == {1, 2, 3, 4, 5}
+    for member, answer in revealed.items():
+        _, shares = read_message(answer, "reveal", 2, length=LENGTH, round=3)
+        others = {1, 2, 3, 4, 5} - {member}
+        assert {index for index, *_ in SHARE.iter_unpack(shares)} == {index_of(each, 6) for each in others}
+
+
+def test_no_device_takes_part_where_too_few_honest_shares_of_noise_may_be_in_the_sum() -> None:
+    """Ten devices with three dropouts and a colluder leave six honest shares, of which the sum needs all; nine five."""
+    context = replace(CONTEXT, cohort=10)
+
+    def of(count: int) -> Sum:
+        devices = {number: device(number, honest=6, context=context) for number in range(count)}
+        return Sum(devices, server=MaskedServer(CONFIG, RING, context, LENGTH))
+
+    assert torch.allclose(of(10).run(), expected(*range(10)), atol=1e-5)
+    nine = of(9)
+    with pytest.raises(AggregationError, match="0 of 9 devices gave shares"):
+        nine.run()
+    assert set(nine.errors) == {("shares", number) for number in range(9)}
+    assert all("noise of only 5 honest ones, 6 are needed" in error for error in nine.errors.values())
+
+
+def test_a_round_that_is_computed_again_has_new_keys_and_masks() -> None:
+    """Two vectors under one mask would show their difference."""
+    one = device(0)
+    first, again = (KeyMessage.from_bytes(keys_of(one, protected(one, 0)).parts[0]) for _ in range(2))
+    assert first.device == again.device
+    assert {first.encryption, first.masking, first.own_mask}.isdisjoint(
+        (again.encryption, again.masking, again.own_mask)
+    )
 
 
 def test_of_each_device_one_kind_of_share_is_revealed() -> None:

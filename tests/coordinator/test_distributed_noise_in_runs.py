@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pytest import approx
-from tiny import SilentProgress, started, tiny_way
+from tiny import SilentProgress, evaluate_task, started, tiny_way
 
 from fedface.coordinator import rounds
-from fedface.coordinator.aggregate import RoundSum, collect_and_sum
-from fedface.coordinator.rounds import run_rounds
+from fedface.coordinator.aggregate import RoundSum, SumListener, collect_and_sum
+from fedface.coordinator.rounds import participants, run_rounds
 from fedface.coordinator.run_state import RunState
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, devices_folder
 from fedface.privacy.ledger import Ledger
+from fedface.simulation.devices import prepare
 from fedface.simulation.in_process import in_process_cohort
 
 THREE = {
@@ -61,6 +63,28 @@ def test_the_sum_has_the_noise_of_three_shares_of_which_two_are_enough(
     found = total_of(experiment, tmp_path / "run", monkeypatch)
     assert found.count == 3 and plan.honest_devices == 2
     assert float(found.total.std()) == approx(plan.noise_multiplier * clip * math.sqrt(1.5), rel=0.05)
+
+
+def test_the_sum_of_metrics_has_the_noise_of_all_shares(tmp_path: Path) -> None:
+    """As that of updates; no device has a photo among the hundredth that is evaluated."""
+    held_out = "{holdout_fraction: 0.01}"
+    changes = {**THREE, "privacy": target(), "training": ONE_STEP, "evaluation": held_out}
+    experiment = tiny_way(tmp_path / "recipe", "flow", changes)
+    prepare(experiment, tmp_path / "devices")
+    cohort = in_process_cohort(experiment, tmp_path / "devices")
+    task = replace(evaluate_task(experiment), cohort=3)
+    dp, length = task.request.dp, len(task.request.ranges())
+    listener = SumListener(
+        progress=lambda done: None,
+        revealing=lambda count: None,
+        withdrawn=lambda names: None,
+        given_up=lambda why: None,
+    )
+    members = participants(experiment, cohort, 1, set())
+    found = collect_and_sum(experiment, cohort, members, task, length, listener)
+    assert found.count == 3 and found.total is not None
+    expected = dp.noise_multiplier * dp.schedule.clip_norm * math.sqrt(1.5)
+    assert float(found.total.std()) == approx(expected, rel=6 / math.sqrt(2 * length))
 
 
 @pytest.mark.parametrize(

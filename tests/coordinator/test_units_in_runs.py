@@ -145,17 +145,6 @@ def test_a_device_that_does_not_trust_the_server_refuses_library_runs(tmp_path: 
     assert isinstance(reply, Refusal) and "trust" in reply.reason
 
 
-def test_a_device_sends_no_share_of_noise_where_the_server_sees_single_updates(tmp_path: Path) -> None:
-    """Nothing is recorded: a plain sum cannot keep an update with one share of the noise from the server."""
-    experiment = tiny_experiment(tmp_path / "recipe", LIBRARY)
-    device = first_device(experiment, tmp_path / "devices")
-    task = train_task(experiment, tiny_gan())
-    dp = replace(task.config.dp, noise="distributed", honest_devices=1)
-    with pytest.raises(PrivacyError, match="distributed noise needs masked sums"):
-        handle_task(replace(task, config=replace(task.config, dp=dp)), device)
-    assert device.ledger().entries() == []
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -12,11 +12,19 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, tiny_way, train_task
 
-from fedface.aggregation.payload import Exchange, HomomorphicConfig, Payload
+from fedface.aggregation.payload import (
+    AggregationConfig,
+    Exchange,
+    HomomorphicConfig,
+    MaskedConfig,
+    Payload,
+    PlainConfig,
+)
 from fedface.aggregation.protocols import server_sum
 from fedface.aggregation.sums import ServerSum
 from fedface.device.client import handle_task
@@ -43,10 +51,12 @@ from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.clip_and_noise import add_noise
+from fedface.privacy.discrete_gaussian import DiscreteGaussian
 from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.participation_conditions import NOT_NOW_MESSAGE, ConditionsNotMet
 from fedface.privacy.policy import Period
+from fedface.randomness import SecretNoise
 from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import GanRound
@@ -702,3 +712,42 @@ def test_a_device_whose_noise_is_not_what_is_priced_records_nothing(
     with pytest.raises(PrivacyError, match="the noise has mean"):
         handle_task(task, device)
     assert not device.ledger().entries()
+
+
+def with_distributed_noise(
+    task: TrainTask, device: Device, aggregation: AggregationConfig
+) -> tuple[TrainTask, Device]:
+    """A round whose noise the devices share, per library, and a device whose owner admits it."""
+    dp = replace(task.config.dp, unit="library", noise="distributed", honest_devices=1)
+    policy = replace(device.policy, protocols=(aggregation.kind,), max_epsilon=1e4)
+    shared = replace(task, config=replace(task.config, dp=dp, aggregation=aggregation))
+    return shared, replace(device, policy=policy)
+
+
+@pytest.mark.parametrize("aggregation", [PlainConfig(), HomomorphicConfig()])
+def test_a_device_sends_no_share_of_noise_where_single_updates_can_be_seen(
+    device: Device, task: TrainTask, aggregation: AggregationConfig
+) -> None:
+    """By the server in plain sums, in homomorphic ones by all who have the key; nothing is recorded."""
+    shared, willing = with_distributed_noise(task, device, aggregation)
+    with pytest.raises(PrivacyError, match=f"distributed noise needs masked sums.*got {aggregation.kind}"):
+        handle_task(shared, replace(willing, photos=unreadable))
+    assert recorded(device) == []
+
+
+def test_a_device_whose_share_of_the_noise_is_not_what_is_priced_records_nothing(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes part with its whole share, and not with nine tenths of it."""
+    shared, willing = with_distributed_noise(task, device, MaskedConfig())
+    sample = DiscreteGaussian.sample
+
+    def quieter(self: DiscreteGaussian, count: int, rng: SecretNoise) -> np.ndarray:
+        return sample(self, count, rng) * 9 // 10
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiscreteGaussian, "sample", quieter)
+        with pytest.raises(PrivacyError, match="this device's share of the noise has standard deviation"):
+            handle_task(shared, willing)
+    assert recorded(device) == []
+    assert isinstance(handle_task(shared, willing), TrainResult)

@@ -79,11 +79,12 @@ def test_one_photo_more_moves_what_is_noised_by_the_clip_norm_whatever_the_learn
 ) -> None:
     """Scaled by 2e-38, every number is below the smallest float32 until the nineteenth photo lifts them all above it.
 
-    Exactly: sums are float64, where float32 would lose a millionth of a clip norm.
+    Exactly: sums are float64, so that 21 equal photos are 21 times one; float32 would lose a millionth of a clip norm.
     """
     vectors = [sent(count, lr, batch) for count in range(16, 22)]
     moves = [float((more - one).double().norm()) for one, more in zip(vectors, vectors[1:], strict=False)]
     assert 0.99999 < min(moves) and max(moves) <= 1.0
+    torch.testing.assert_close(vectors[-1], 21 * sent(1, lr, batch).double(), rtol=1e-12, atol=0)
 
 
 def test_the_server_descends_by_the_learning_rate_over_the_batch() -> None:
