@@ -13,10 +13,10 @@ the key an upload stays closed even if more devices collude than the masks bear.
     * shared: all devices have one secret key; ciphertexts are symmetric and seeded, half as large. It protects from
       whoever has no device: those who record traffic, today or with a quantum computer, which breaks X25519.
     * public (`public_key: true`): devices encrypt with a public key, one of them alone has the secret key. It protects
-      also from a server that colludes with any number of other devices.
+      also from a server that follows the protocol and colludes with any number of other devices.
 
-A malicious server can have one sum in each round decrypted, and enough decryptions of chosen ciphertexts reveal a BFV
-key (Chenal and Tang 2014); then the masks remain. What a sum reveals is another matter: encryption without noise is not
+A malicious server can have one ciphertext decrypted in each round, and one chosen ciphertext can reveal a BFV key
+(Chenal and Tang 2014); then the masks remain. What a sum reveals is another matter: encryption without noise is not
 privacy.
 """
 

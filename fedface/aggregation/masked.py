@@ -262,13 +262,16 @@ class Participants:
     def graph(self) -> MaskGraph:
         """How many partners and which threshold a list of this length has.
 
-        As many participants may collude as `fedface plan` says of all that were asked, however short the list is.
+        As many participants may collude as `fedface plan` says of all that were asked, however short the list is. Of a
+        list that is longer than the server said, as many as of so many.
 
         Raises AggregationError if a list as short as this cannot bear so many.
         """
         config = self.config
         planned = mask_graph(
-            self.context.cohort, corrupt_share=config.corrupt_share, dropout_share=config.dropout_share
+            max(self.context.cohort, len(self.keys)),
+            corrupt_share=config.corrupt_share,
+            dropout_share=config.dropout_share,
         )
         return mask_graph(len(self.keys), corrupt=planned.corrupt, dropout_share=config.dropout_share)
 

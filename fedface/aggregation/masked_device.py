@@ -107,6 +107,13 @@ class MaskedDevice:
         """The keys alone: whoever takes the device later reads no update."""
         return self.opening(stored)
 
+    def check_terms(self, stored: bytes) -> None:
+        """What is closed has no vector any more, and passes."""
+        if Payload.from_bytes(stored).header.get(OWNER, self.owner.digest) != self.owner.digest:
+            raise AggregationError(
+                "the owner has changed the policy since this vector was computed; nothing is sent"
+            )
+
     def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: bytes) -> bytes:
         """The answer to one exchange.
 
@@ -120,12 +127,7 @@ class MaskedDevice:
         """
         if missing := [name for name in (*asked_before(exchange), exchange) if name not in requests]:
             raise AggregationError(f"this device was not asked for {missing[0]!r} before {exchange!r}")
-        payload = Payload.from_bytes(stored)
-        if payload.header.get(OWNER, self.owner.digest) != self.owner.digest:
-            raise AggregationError(
-                "the owner has changed the policy since this vector was computed; nothing is sent"
-            )
-        return self._sum(payload).answer(exchange, requests).to_bytes()
+        return self._sum(Payload.from_bytes(stored)).answer(exchange, requests).to_bytes()
 
     def _sum(self, stored: Payload) -> _DeviceSum:
         secret, integers = message_parts(stored, "stored", 2, length=stored.length, round=stored.round)

@@ -110,6 +110,9 @@ class PlainDevice:
         """The same."""
         return stored
 
+    def check_terms(self, stored: bytes) -> None:
+        """Replies are checked against the policy when they are requested."""
+
     def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: bytes) -> bytes:
         """Raises AggregationError: nothing follows."""
         raise AggregationError(f"sums of this run have no exchange {exchange!r}")

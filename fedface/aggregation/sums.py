@@ -30,6 +30,9 @@ class DeviceSum(Protocol):
     def closed(self, stored: bytes) -> bytes:
         """What the device stores instead once it has answered the last exchange."""
 
+    def check_terms(self, stored: bytes) -> None:
+        """Raises AggregationError if the owner has changed the policy since a vector was computed that has not left."""
+
     def answer(self, exchange: Exchange, requests: Mapping[Exchange, bytes], stored: bytes) -> bytes:
         """The answer to one exchange.
 

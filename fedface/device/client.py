@@ -37,8 +37,9 @@ from fedface.atomic_io import one_at_a_time
 from fedface.codec import encode
 from fedface.device.device import Device
 from fedface.device.local_metrics import check_request, compute_local_metrics
-from fedface.device.reply_time import EXCHANGE_SECONDS, MARGIN, ReplyTime, photos_per_step, reading_seconds
+from fedface.device.reply_time import MARGIN, ReplyTime, photos_per_step, reading_seconds
 from fedface.errors import (
+    AggregationError,
     ConfigError,
     LedgerError,
     PolicyRefusal,
@@ -106,10 +107,7 @@ def handle_task(task: Task, device: Device) -> Reply:
             f"there is no state folder {device.state}: mount or restore it; nothing was computed"
         )
     with one_at_a_time(device.state):
-        slot = device.answer_seconds
-        if isinstance(task, ExchangeTask):
-            slot = min(slot, EXCHANGE_SECONDS)
-        leaves = ReplyTime(slot, device.stopped_seconds)
+        leaves = ReplyTime(device.answer_seconds, device.stopped_seconds)
         try:
             with device.ledger() as ledger:
                 reply, clock = _handle(task, device, ledger, leaves), ledger.clock
@@ -504,7 +502,8 @@ def _exchange(task: ExchangeTask, device: Device, ledger: Ledger) -> tuple[Reply
     """The answer to one exchange of a sum, and the entry that covers it if it contains this device's vector.
 
     Two answers could reveal the difference of two sums: each exchange of a round is answered for one request, with the
-    settings that the round began with, and the answer is stored before it leaves.
+    settings that the round began with, and the answer is stored before it leaves. What follows the vector is answered
+    only once that has left, and the vector leaves only under the policy that it was computed under, within its periods.
     """
     device.policy.check_exchange(task.aggregation.kind)
     key = task.ledger_key
@@ -517,6 +516,12 @@ def _exchange(task: ExchangeTask, device: Device, ledger: Ledger) -> tuple[Reply
         raise PolicyRefusal(
             f"the sum of round {task.round} of {task.run} is asked for with other settings than agreed"
         )
+    sums = _device_sum(task.aggregation, task.agreement, device)
+    sums.check_terms(stored)
+    if task.exchange == "masked":
+        ledger.check_may_leave(entry, device.policy.budgets)
+    elif task.exchange != "shares" and not ledger.has_left(entry):
+        raise PolicyRefusal(f"this device's vector is not in the sum of round {task.round} of {task.run}")
     known = ledger.exchanges(key, task.round)
     if task.exchange in known:
         request, answer = known[task.exchange]
@@ -525,10 +530,16 @@ def _exchange(task: ExchangeTask, device: Device, ledger: Ledger) -> tuple[Reply
                 f"the sum of round {task.round} of {task.run} was asked for with other devices before; it is answered "
                 "once"
             )
+        if not answer:
+            raise PolicyRefusal(f"this device could not decrypt the sum of round {task.round} of {task.run}")
     else:
-        sums = _device_sum(task.aggregation, task.agreement, device)
         requests = {name: known[name][0] for name in get_args(Exchange) if name in known}
-        answer = sums.answer(task.exchange, {**requests, task.exchange: task.content}, stored)
+        try:
+            answer = sums.answer(task.exchange, {**requests, task.exchange: task.content}, stored)
+        except AggregationError:
+            if task.exchange == "decrypt":  # a server must not learn about a key from many attempts
+                ledger.store_exchange(key, task.round, task.exchange, task.content, b"")
+            raise
         closed = sums.closed(stored) if task.exchange == "reveal" else None
         ledger.store_exchange(key, task.round, task.exchange, task.content, answer, closed=closed)
     covering = entry if task.exchange == "masked" else None

@@ -41,7 +41,7 @@ from fedface.privacy.ledger_records import (
 )
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
-from fedface.privacy.releases import compose, event_from_json, event_to_json
+from fedface.privacy.releases import compose, event_from_json, event_to_json, flatten_event, is_private
 from fedface.privacy.spending import (
     ENTRY_LIFETIME,
     Activity,
@@ -629,25 +629,53 @@ class Ledger:
             raise LedgerError(f"entry {info.entry} of the ledger has another reply than this payload")
 
     def _check_periods(self, page: Transaction, number: int, budgets: Sequence[Budget]) -> None:
-        """Raises LateRelease if an entry counts in a period no more and does not fit it now."""
+        """Raises LateRelease if the release of an entry may not leave now.
+
+        Where a period does not count it any more, it must fit anew; where it is counted and has never left, what is
+        counted must fit, since the owner may have changed the periods. Releases without noise have no price.
+        """
         entry = self._decode(page.records[number - 1])
         assert isinstance(entry, LedgerEntry)
+        if not is_private(event_from_json(entry.event)):
+            return
         run = next((run for run in self._runs(page) if run.number == entry.covered_by), None)
         for budget in budgets:
             if budget.days is None:
                 continue
             charged = self._charged_now(page, budget)
-            if any(charge.number in (entry.number, entry.covered_by) for charge in charged):
+            if not any(charge.number in (entry.number, entry.covered_by) for charge in charged):
+                whole = run is not None and fits_alone(event_from_json(run.event), run.unit, budget)
+                charge: Charge = run if run is not None and whole else entry
+                event, unit = event_from_json(charge.event), charge.unit
+            elif self._has_left(page, number):
                 continue
-            whole = run is not None and fits_alone(event_from_json(run.event), run.unit, budget)
-            charge = run if run is not None and whole else entry
-            short = exceeded(charged, event_from_json(charge.event), budget, run_unit=charge.unit)
+            else:
+                event, unit = compose([]), entry.unit
+            short = exceeded(charged, event, budget, run_unit=unit)
             if short is not None:
+                late = (
+                    "was computed in an earlier period; to send it now"
+                    if flatten_event(event)
+                    else "waits with others, and the owner's periods have become smaller; it"
+                )
                 raise LateRelease(
-                    f"round {entry.round} of {entry.run} was computed in an earlier period; to send it now requests "
-                    f"{short.describe()}",
+                    f"round {entry.round} of {entry.run} {late} requests {short.describe()}",
                     advice="Try again later.",
                 )
+
+    def check_may_leave(self, entry: LedgerEntry, budgets: Sequence[Budget]) -> None:
+        """Raises LateRelease if the release of an entry does not fit the owner's periods now; nothing is recorded."""
+        with self._chain.read_transaction() as page:
+            self._check_periods(page, entry.number, budgets)
+
+    def has_left(self, entry: LedgerEntry) -> bool:
+        """Whether the release of an entry was recorded as sent."""
+        with self._chain.read_transaction() as page:
+            return self._has_left(page, entry.number)
+
+    def _has_left(self, page: Transaction, number: int) -> bool:
+        later = page.records[number:]
+        return any(record.kind == Transmission.KIND and record.entry == number for record in later)
 
     def withdraw(self, run: str, reason: str = "") -> Withdrawal:
         """Leave a run for good; once this has returned, nothing but refusals is recorded for it, hence sent."""
@@ -671,7 +699,8 @@ class Ledger:
             if kind == LedgerEntry.KIND:
                 self._activity[record.number] = record.written, False
             elif entry is not None and kind in (Attempt.KIND, StoredReply.KIND, Transmission.KIND):
-                self._activity[entry] = record.written, kind != Attempt.KIND
+                if kind != StoredReply.KIND or not self._activity[entry][1]:
+                    self._activity[entry] = record.written, kind != Attempt.KIND
             if kind == LedgerEntry.KIND and entry is not None:
                 self._covered.setdefault(entry, []).append(record)
             elif kind in (RecordedRun.KIND, LedgerEntry.KIND):

@@ -133,6 +133,11 @@ def flatten_event(event: DpEvent) -> Releases:
     return tuple(sorted((leaf, count) for leaf, count in counted.items() if count > 0))
 
 
+def is_private(event: DpEvent) -> bool:
+    """Whether each release in an event has noise."""
+    return all(leaf.kind != "nonprivate" for leaf, _ in flatten_event(event))
+
+
 def event_to_json(event: DpEvent) -> str:
     """An event as canonical text for the ledger: its leaves and counts, sorted."""
     rows = [

@@ -56,7 +56,9 @@ def activity_of(records: Iterable[LedgerRecord]) -> Activity:
             case Attempt():
                 activity[record.entry] = record.written, False
             case StoredReply():
-                activity[record.entry] = record.written, True
+                # A second one closes the first, and nothing leaves by that.
+                if not activity[record.entry][1]:
+                    activity[record.entry] = record.written, True
             case Transmission(entry=int(entry)):
                 activity[entry] = record.written, True
             case _:

@@ -651,6 +651,21 @@ def test_one_signing_key_on_two_devices_is_named() -> None:
             one.accept(member, opening, "first")
 
 
+def test_a_list_longer_than_the_server_said_bears_a_tenth_of_its_devices() -> None:
+    """Two are stated and forty take part: four may collude, as of forty that were stated."""
+    keys = Participants(
+        context=replace(CONTEXT, cohort=2), config=CONFIG,
+        keys=tuple(
+            KeyMessage(
+                device=bytes([number]) * 32, encryption=bytes([number, 1]) * 16, masking=bytes([number, 2]) * 16,
+                own_mask=bytes(32), smallest_cohort=2,
+            )
+            for number in range(40)
+        ),
+    )  # fmt: skip
+    assert keys.graph == mask_graph(40, corrupt=4) and keys.graph.corrupt == 4
+
+
 def test_sums_that_do_not_fit_the_ring_are_refused() -> None:
     """24 bits for 1,000 devices take 34 bits."""
     agreement = AggregationParameters(value_range=1.0, max_devices=1000)

@@ -547,15 +547,18 @@ class MaskedRounds:
             server.accept(member, Payload.from_bytes(reply.payload), device.name)
         return task, server
 
-    def asked(self, task: TrainTask, server: ServerSum) -> Iterator[Reply]:
-        """The replies to the exchange in which the vectors leave."""
+    def asked(self, task: TrainTask, server: ServerSum) -> Iterator[tuple[Exchange, Reply]]:
+        """Each exchange and the reply to it, of one device after the other."""
         for request in server.exchanges():
             for member, content in request.contents.items():
                 reply = handle_task(exchange_task(task, request.exchange, content), self.devices[member])
-                if request.exchange == "masked":
-                    yield reply
+                yield request.exchange, reply
                 if isinstance(reply, ExchangeResult):
                     request.receive(member, reply.content)
+
+    def until(self, exchange: Exchange, task: TrainTask, server: ServerSum) -> Reply:
+        """The first reply to an exchange."""
+        return next(reply for name, reply in self.asked(task, server) if name == exchange)
 
 
 def test_masked_vectors_of_three_weeks_do_not_leave_in_one(masked: MaskedRounds) -> None:
@@ -569,30 +572,44 @@ def test_masked_vectors_of_three_weeks_do_not_leave_in_one(masked: MaskedRounds)
     for run in ("a", "b", "c"):
         masked.now += timedelta(days=9)
         sums.append(masked.begun(run))
-    for (task, server), sent in zip(reversed(sums), (True, False, False), strict=True):
-        found = masked.asked(task, server)
-        reply = next(found)
-        assert isinstance(reply, ExchangeResult) is sent
-        if isinstance(reply, Refusal):
-            assert "was computed in an earlier period" in reply.reason
+    assert isinstance(masked.until("masked", *sums[2]), ExchangeResult)
+    for task, server in sums[:2]:
+        for exchange in ("masked", "survivors", "reveal", "masked"):
+            if exchange == "masked":
+                reply = masked.until("masked", task, server)
+                assert isinstance(reply, Refusal) and "was computed in an earlier period" in reply.reason
+            else:  # what follows the vector would close the round
+                reply = handle_task(exchange_task(task, exchange, b""), masked.devices[0])  # type: ignore[arg-type]
+                assert isinstance(reply, Refusal) and "this device's vector is not in the sum" in reply.reason
+    sent = Ledger.open(masked.devices[0].ledger_path).read().transmissions
+    assert [line.run for line in sent if line.kind == "update"] == ["c"]
 
 
-def test_a_masked_vector_stays_where_the_owner_has_changed_the_policy(masked: MaskedRounds) -> None:
-    """Computed when folders were allowed that are excluded now; a larger budget changes nothing."""
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_masked_vector_stays_where_the_owner_has_changed_the_policy(
+    masked: MaskedRounds, asked_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the answer was stored, and the power failed before it was sent. A larger budget changes nothing."""
     task, server = masked.begun("a")
     allowed = masked.devices[0].policy
     generous = replace(allowed, max_epsilon=99.0, hours=("00:00-23:59",))
+    masked.devices = [replace(device, policy=generous) for device in masked.devices]
+    replies = masked.asked(task, server)
+    if asked_before:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+
+            def killed(*given: object) -> None:
+                if given[2].entry is not None:  # type: ignore[attr-defined]
+                    raise Killed
+
+            patch.setattr(Ledger, "record_transmission", lambda *given: killed(*given))
+            list(replies)
     strict = replace(allowed, exclude_folders=(Path("private"),))
-    masked.devices = [
-        replace(device, policy=policy)
-        for device, policy in zip(masked.devices, (generous, strict), strict=True)
-    ]
-    found = masked.asked(task, server)
+    masked.devices = [replace(device, policy=strict) for device in masked.devices]
     with pytest.raises(AggregationError, match="the owner has changed the policy"):
-        list(found)
-    ledgers = [Ledger.open(device.ledger_path).read() for device in masked.devices]
-    sent = [[line.kind for line in each.transmissions] for each in ledgers]
-    assert "update" not in sent[1]
+        list(masked.asked(task, server))
+    sent = Ledger.open(masked.devices[0].ledger_path).read().transmissions
+    assert "update" not in [line.kind for line in sent]
 
 
 def test_a_device_that_slept_for_more_than_a_day_before_it_could_reply_sends_nothing(
@@ -608,13 +625,39 @@ def test_a_device_that_slept_for_more_than_a_day_before_it_could_reply_sends_not
         masked.begun("a")
 
 
-def test_a_device_decrypts_nothing_before_it_has_signed_a_list_of_survivors(tmp_path: Path) -> None:
-    """Its own upload, straight after training: nothing is decrypted."""
+def test_a_device_decrypts_nothing_before_its_own_vector_has_left(tmp_path: Path) -> None:
+    """Straight after training: what follows the vector is answered to those that have it."""
     _, device, task = hidden_round(tmp_path)
     reply = handle_task(task, device)
     assert isinstance(reply, TrainResult)
-    with pytest.raises(AggregationError, match="not asked for 'shares' before 'decrypt'"):
-        handle_task(exchange_task(task, "decrypt", reply.payload), device)
+    for exchange in ("survivors", "decrypt", "reveal"):
+        refused = handle_task(exchange_task(task, exchange, reply.payload), device)  # type: ignore[arg-type]
+        assert isinstance(refused, Refusal) and "this device's vector is not in the sum" in refused.reason
+
+
+def test_a_device_tries_to_decrypt_once(tmp_path: Path) -> None:
+    """Attempts that fail tell a server about the key; the right sum after a false one is refused."""
+    experiment, device, task = hidden_round(tmp_path)
+    devices = device, simulated_device(experiment, 1, tmp_path / "states")
+    server = server_sum(experiment.aggregation, experiment.agreement, sum_context(task), len(task.weights))
+    for member, each in enumerate(devices):
+        reply = handle_task(replace(task, cohort=2), each)
+        assert isinstance(reply, TrainResult)
+        server.accept(member, Payload.from_bytes(reply.payload), each.name)
+    for request in server.exchanges():
+        for member, content in request.contents.items():
+            asked = exchange_task(task, request.exchange, content)
+            if request.exchange == "decrypt":
+                with pytest.raises(AggregationError):
+                    handle_task(replace(asked, content=content[:-1]), devices[member])
+                again = handle_task(replace(asked, content=content[:-1]), devices[member])
+                assert isinstance(again, Refusal) and "could not decrypt" in again.reason
+                other = handle_task(asked, devices[member])
+                assert isinstance(other, Refusal) and "it is answered once" in other.reason
+                return
+            answer = handle_task(asked, devices[member])
+            assert isinstance(answer, ExchangeResult)
+            request.receive(member, answer.content)
 
 
 def test_a_ledger_rolled_back_to_before_a_reply_is_detected(

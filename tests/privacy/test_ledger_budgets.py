@@ -195,6 +195,49 @@ def test_what_leaves_after_its_period_must_fit_the_present_one(tmp_path: Path) -
     ledger.record_transmission(b"vector", first, weekly)  # again, while it counts
 
 
+def test_what_waits_fits_the_periods_of_today(tmp_path: Path) -> None:
+    """Three weekly runs wait, and the owner makes the period a month, or has two; what had left is sent again."""
+    clock = Calendar()
+    ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
+    life, one = Budget(epsilon=50.0, delta=DELTA), cost_of(1)
+    weekly, monthly = Budget(epsilon=one, delta=DELTA, days=7), Budget(epsilon=one, delta=DELTA, days=30)
+    infos = []
+    for run in "ab":
+        entry = record_run(ledger, [life, weekly], run=run)
+        ledger.store_reply(run, 1, b"keys", attempt=entry.attempt)
+        infos.append(
+            TransmissionInfo(
+                run=run, round=1, kind="update", receiver="", protection="", entry=entry.number, masked=True
+            )
+        )
+        clock.today += timedelta(days=9)
+    ledger.store_exchange("b", 1, "reveal", b"", b"", closed=b"closed")  # closes; it is no use of the entry
+    large = Budget(epsilon=30.0, delta=DELTA, days=40)
+    for periods in ([monthly], [large, monthly]):
+        with pytest.raises(LateRelease, match="in any 30 days"):
+            ledger.record_transmission(b"vector", infos[1], [life, *periods])
+    ledger.record_transmission(b"vector", infos[1], [life, weekly])
+    ledger.record_transmission(b"vector", infos[1], [life, monthly])
+    with pytest.raises(LateRelease, match="in any 7 days"):
+        ledger.record_transmission(b"vector", infos[0], [life, weekly])
+
+
+def test_a_late_round_counts_as_its_whole_run_where_that_fits_the_period(tmp_path: Path) -> None:
+    """A run of two rounds beside another of one: in a period that fits two releases it is too much."""
+    clock = Calendar()
+    ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
+    budgets = [Budget(epsilon=50.0, delta=DELTA), Budget(epsilon=cost_of(2), delta=DELTA, days=7)]
+    entry = record_run(ledger, budgets, run="a", terms=one_sum(rounds=2))
+    ledger.store_reply("a", 1, b"keys", attempt=entry.attempt)
+    clock.today += timedelta(days=9)
+    record_run(ledger, budgets, run="b")
+    info = TransmissionInfo(
+        run="a", round=1, kind="update", receiver="", protection="", entry=entry.number, masked=True
+    )
+    with pytest.raises(LateRelease):
+        ledger.record_transmission(b"vector", info, budgets)
+
+
 def test_a_stored_reply_is_sent_again_where_nothing_more_may_be_released(tmp_path: Path) -> None:
     """Later, with the period full and the lifetime budget lowered: the same bytes are no further release."""
     clock = Calendar()

@@ -294,6 +294,35 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
     trusting.record(terms, ledger, run="r", round=1)
 
 
+@pytest.mark.parametrize(
+    ("change", "closes"),
+    [
+        ({"objectives": ("upsampler",)}, True),
+        ({"evaluation": True}, True),
+        ({"protocols": ("masked",)}, True),
+        ({"min_cohort_size": 4}, True),
+        ({"corrupt_share": 0.2}, True),
+        ({"trust_server": True}, True),
+        ({"honest_fraction": 0.1}, True),
+        ({"allow_no_dp": True}, True),
+        ({"folders": (Path("summer"),)}, True),
+        ({"exclude_folders": (Path("private"),)}, True),
+        ({"max_epsilon": 99.0}, False),
+        ({"periods": (Period(days=7, epsilon=1),)}, False),
+        ({"hours": ("22:00-07:00",)}, False),
+        ({"require_ac_power": True}, False),
+        ({"min_battery": 0.5}, False),
+        ({"max_load": 1.0}, False),
+        ({"expires": "2099-01-01"}, False),
+    ],
+)
+def test_every_term_of_a_policy_but_budgets_and_times_closes_what_waits(
+    change: dict[str, object], closes: bool
+) -> None:
+    """Unit and delta cannot change. A field that is added to the policy must be listed here."""
+    assert (replace(POLICY, **change).terms_digest != POLICY.terms_digest) is closes  # type: ignore[arg-type]
+
+
 def test_an_owner_bounds_the_colluders_that_masks_must_withstand(ledger: Ledger) -> None:
     """A tenth by default; a server that sets none is refused, and plain sums have no masks."""
     with pytest.raises(
