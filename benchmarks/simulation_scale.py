@@ -47,7 +47,7 @@ name: scale
 privacy: {{kind: privacy-target, epsilon: 8, delta: 1e-3}}
 devices: {{kind: synthetic-devices, light_fractions: {light}, photos_per_device: {photos}}}
 training: {{{method}, rounds: {rounds}, steps_per_round: 1, sampling_rate: 0.5, expected_batch_size: {batch}}}
-aggregation: {{kind: plain}}
+aggregation: {{kind: {sums}}}
 """
 
 
@@ -59,7 +59,7 @@ def resident() -> float:
 
 @dataclass(kw_only=True)
 class Meter:
-    """CPU seconds between the request of each round and its last reply, and memory meanwhile."""
+    """CPU seconds between each request and its last reply, and memory meanwhile."""
 
     devices: int
     plain_step: Callable[[int], None]
@@ -67,21 +67,23 @@ class Meter:
     plain: list[float] = field(default_factory=list)  # of each plain step
     memory: list[float] = field(default_factory=list)
     begun: float = 0.0
+    training: bool = True  # not an exchange of a masked sum
 
     def stage(self, name: str, steps: int) -> None:
-        """A round begins."""
-        self.begun = time.process_time()
+        """A round begins, or the exchanges of its sum."""
+        self.begun, self.training = time.process_time(), "train" in name
 
     def advance(self, done: int) -> None:
         """A reply was added to the sum."""
         self.memory.append(resident())
-        if done % max(1, self.devices // PLAIN_STEPS) == 0:
+        if self.training and done % max(1, self.devices // PLAIN_STEPS) == 0:
             began = time.thread_time()
             self.plain_step(done - 1)
             self.plain.append(time.thread_time() - began)
             self.begun += self.plain[-1]
         if done == self.devices:
-            self.requests += time.process_time() - self.begun
+            now = time.process_time()
+            self.requests, self.begun = self.requests + now - self.begun, now
 
     def message(self, sentence: str) -> None:
         """Nothing."""
@@ -95,6 +97,7 @@ def recipe(arguments: argparse.Namespace, devices: int, folder: Path) -> Experim
         method=METHODS[arguments.method],
         rounds=arguments.rounds,
         batch=max(1, arguments.photos // 2),
+        sums=arguments.sums,
     )
     (folder / "scale.yaml").write_text(text)
     return read_experiment(folder / "scale.yaml")
@@ -151,6 +154,7 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, nargs="+", default=[50, 200, 1000])
     parser.add_argument("--method", choices=METHODS, default="gan")
+    parser.add_argument("--sums", choices=("plain", "masked"), default="masked")
     parser.add_argument("--photos", type=int, default=20, help="of each device")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1, help="devices that work at a time")
@@ -163,7 +167,9 @@ def main() -> None:
         "devices", "plain loop, CPU s", "simulation, CPU s", "ratio", "once a round, CPU s", "a round by the clock, s",
         "MiB before", "in the first tenth", "in the last tenth", "peak", "MiB of disk per device",
     )  # fmt: skip
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("method", "photos", "rounds", "workers")]
+    options = [
+        f"--{name}={getattr(arguments, name)}" for name in ("method", "sums", "photos", "rounds", "workers")
+    ]
     print(f"{' '.join(options)}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     for devices in arguments.devices:
         command = [sys.executable, __file__, "--here", f"--devices={devices}", *options]

