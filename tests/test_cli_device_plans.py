@@ -81,9 +81,9 @@ def test_a_later_plan_is_admitted_with_its_cost(
 ) -> None:  # type: ignore[no-untyped-def]
     """Once; then both are listed, each with delta, unit and bounds."""
     other = later(server, cheap(plan))
-    admitted = fedface("admit", device, other, "--yes")
+    admitted = fedface("admit", other, device, "--yes")
     assert admitted.code == 0 and "This run fits the policy." in admitted.out
-    assert "admitted already" in fedface("admit", device, other, "--yes").out
+    assert "admitted already" in fedface("admit", other, device, "--yes").out
     listed = json.loads(fedface("plans", device, "--json").out)
     assert sorted(each["run"] for each in listed) == ["cheap", "tiny"]
     assert all(each["fits"] and each["price"]["unit"] == "photo" for each in listed)
@@ -102,7 +102,7 @@ def test_a_plan_that_does_not_fit_the_budget_is_not_admitted_unasked(  # type: i
     everyone = replace(plan.training.dp.schedule, sampling_rate=1.0)  # quick to price
     dp = replace(plan.training.dp, schedule=everyone, noise_multiplier=0.4)
     other = later(server, replace(plan, name="costly", training=replace(plan.training, dp=dp)))
-    result = fedface("admit", device, other, "--yes")
+    result = fedface("admit", other, device, "--yes")
     assert result.code == 2 and "would be refused: over 2 rounds this run requests epsilon" in result.err
     assert [each["run"] for each in json.loads(fedface("plans", device, "--json").out)] == ["tiny"]
 
@@ -120,7 +120,7 @@ def test_another_plan_than_that_of_the_hash_is_not_admitted(  # type: ignore[no-
 ) -> None:
     other = later(server, cheap(plan))
     server.plan = change(cheap(plan))
-    result = fedface("admit", device, other, "--yes")
+    result = fedface("admit", other, device, "--yes")
     assert result.code == 2 and words in result.err
     assert len(list((device.parent / "state" / "plans").iterdir())) == 1
 
@@ -128,7 +128,7 @@ def test_another_plan_than_that_of_the_hash_is_not_admitted(  # type: ignore[no-
 @pytest.mark.parametrize("text", ["../../device", "abc", "A" * 64])
 def test_a_hash_names_no_other_file(fedface, device: Path, server: FakeServer, text: str) -> None:  # type: ignore[no-untyped-def]
     server.requests.clear()
-    assert "64 hexadecimal digits" in fedface("admit", device, text, "--yes").sentence
+    assert "64 hexadecimal digits" in fedface("admit", text, device, "--yes").sentence
     assert server.requests == []
 
 
@@ -143,7 +143,7 @@ def test_a_removed_plan_is_refused_and_can_be_admitted_again(  # type: ignore[no
     assert "Removed" in fedface("plans", device, "--remove", plan_hash[:12]).out
     assert "No run plan is admitted" in fedface("plans", device).out
     assert isinstance(handle_task(second, load_device(device)), Refusal)
-    assert "has begun here" in fedface("admit", device, plan_hash, "--yes").out
+    assert "has begun here" in fedface("admit", plan_hash, device, "--yes").out
     assert isinstance(handle_task(second, load_device(device)), TrainResult)
 
 

@@ -153,10 +153,10 @@ def plans(
     device_plans(device, remove, json_out)
 
 
-@device.command("admit", epilog=example("fedface device admit ~/fedface/device.yaml 3328cabf..."))
+@device.command("admit", epilog=example("fedface device admit 3328cabf..."))
 def admit(
-    device: DeviceArgument,
     plan: Annotated[str, typer.Argument(help="The hash of the run plan, from the server's operator.")],
+    device: DeviceArgument = DEVICE,
     yes: YesOption = False,
 ) -> None:
     """Admit another run of the same server. Fetches its plan, shows it with its privacy cost, and asks."""

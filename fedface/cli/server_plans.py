@@ -68,7 +68,7 @@ def server_publish(folder: Path, run: RunRequest) -> None:
     """Publish a plan, and say what owners do with its hash."""
     signed = publish(folder, run)
     say(f"published the run plan of {signed.plan.name}: {signed.hash}")
-    say(f"give owners this hash; they admit it with: fedface device admit device.yaml {signed.hash}")
+    say(f"give owners this hash; they admit it with: fedface device admit {signed.hash}")
 
 
 def server_invite(

@@ -172,7 +172,7 @@ def _publish(folder: Path, plan: Any) -> None:
     if signed.hash not in published:
         warn(
             "no invitation named this run's plan; devices that joined by invitation refuse it until their owners run "
-            f"`fedface device admit device.yaml {signed.hash}`"
+            f"`fedface device admit {signed.hash}`"
         )
 
 

@@ -37,7 +37,7 @@ from fedface.atomic_io import one_at_a_time
 from fedface.codec import encode
 from fedface.device.device import Device
 from fedface.device.local_metrics import check_request, compute_local_metrics
-from fedface.device.reply_time import MARGIN, ReplyTime, photos_per_step, reading_seconds
+from fedface.device.reply_time import EXCHANGE_SECONDS, MARGIN, ReplyTime, photos_per_step, reading_seconds
 from fedface.errors import (
     AggregationError,
     ConfigError,
@@ -107,7 +107,10 @@ def handle_task(task: Task, device: Device) -> Reply:
             f"there is no state folder {device.state}: mount or restore it; nothing was computed"
         )
     with one_at_a_time(device.state):
-        leaves = ReplyTime(device.answer_seconds, device.stopped_seconds)
+        slot = device.answer_seconds
+        if isinstance(task, ExchangeTask):
+            slot = min(slot, EXCHANGE_SECONDS)
+        leaves = ReplyTime(slot, device.stopped_seconds)
         try:
             with device.ledger() as ledger:
                 reply, clock = _handle(task, device, ledger, leaves), ledger.clock

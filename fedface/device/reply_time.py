@@ -30,6 +30,7 @@ READING_SECONDS = 0.5  # allowed for each photo, new ones included: decoding, fi
 READING_LARGE_SECONDS = (
     8.0  # the same for faces larger than those that are stored: decoded anew in each round
 )
+EXCHANGE_SECONDS = 1.0  # in place of `answer_seconds`, for work on one protected vector and on no photo
 MARGIN = 2.0  # by how much the rehearsal is multiplied: a step may need one microbatch more than the mean
 OVERFLOW_PROBABILITY = 1e-12  # that the photos of a round are more than were rehearsed
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,8 @@ class RunPlan:
 
     def difference(self, task: Task) -> str:
         """Where a task differs from this plan, such as "dp.noise_multiplier"; empty if it is one of its requests."""
+        if not re.fullmatch(rf"{re.escape(self.name)}(-\d+)?", task.run):
+            return "name"
         parts: Sequence[RoundConfig | EvaluationRequest] = self.evaluations
         if isinstance(task, TrainTask) or (isinstance(task, ExchangeTask) and task.sum_of == "updates"):
             parts = [] if self.training is None else [self.training]

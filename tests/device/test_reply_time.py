@@ -20,7 +20,7 @@ from fedface.device.device import Device
 from fedface.device.reply_time import OVERFLOW_PROBABILITY, ReplyTime, photos_per_step, reading_seconds
 from fedface.errors import ConfigError, WeightsError
 from fedface.experiment import Experiment
-from fedface.messages.messages import Refusal, TrainResult, TrainTask
+from fedface.messages.messages import ExchangeTask, Refusal, TrainResult, TrainTask
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.mechanism import ROUND_FLOOR_MULTIPLIER
 from fedface.training import per_example_gradients
@@ -208,6 +208,19 @@ def test_a_failed_computation_leaves_when_any_other_does(
 
     failing = replace(device_of(3), photos=broken)
     assert durations(failing, task, clock) == durations(device_of(4), task, clock)
+
+
+def test_an_exchange_leaves_at_a_whole_second(
+    device_of: Callable[[int], Device], task: TrainTask, clock: VirtualClock
+) -> None:
+    """A sum needs four of them, and none works on a photo."""
+    agreed = task.config
+    exchange = ExchangeTask(
+        run="x", round=1, aggregation=agreed.aggregation, agreement=agreed.agreement, exchange="shares", content=b""
+    )  # fmt: skip
+    clock.now = 1_000.25
+    assert isinstance(handle_task(exchange, device_of(2)), Refusal)
+    assert clock.now == 1_002.0
 
 
 def test_an_error_leaves_at_a_public_time_too(

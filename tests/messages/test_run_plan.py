@@ -99,6 +99,13 @@ def test_requests_of_both_admitted_plans_of_one_name_are_answered(
     assert str(refusal.value).count("it differs from tiny in dp.") == 2
 
 
+def test_a_run_of_another_name_is_not_the_plans(device: Device, task: TrainTask) -> None:
+    """A run that is started again has a number after its name."""
+    answer = handle_task(replace(task, run="tiny-new"), device)
+    assert isinstance(answer, Refusal) and "differs from tiny in name" in answer.reason
+    assert isinstance(handle_task(replace(task, run="tiny-2"), device), TrainResult)
+
+
 def test_an_unplanned_evaluation_is_refused(device: Device, task: TrainTask, experiment: Experiment) -> None:
     """A plan of training alone admits no metrics, and no training beside them."""
     evaluated = replace(task, evaluation_dp=task.config.dp)
