@@ -22,6 +22,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
@@ -279,6 +280,20 @@ def check_local_programs(server: Home) -> None:
             client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
 
 
+def restart_after_a_kill(
+    server: Home, running: subprocess.Popen[bytes], up: str, homes: list[Home]
+) -> subprocess.Popen[bytes]:
+    """SuperLink is killed: the others end with it, and the same command starts them again."""
+    (superlink,) = (
+        one for one in psutil.Process(running.pid).children() if "flower-superlink" in " ".join(one.cmdline())
+    )
+    superlink.kill()
+    assert running.wait(60) == 2
+    started = server.start(up, "server-again")
+    until_true(lambda: listening(server.entry), 60, "the server does not listen again", homes)
+    return started
+
+
 def check_leave(server: Home, devices: list[Home], running: list[subprocess.Popen[bytes]]) -> None:
     """Owners look at what left, stop their devices, and one of them leaves."""
     first = devices[0]
@@ -366,6 +381,7 @@ def test_three_devices_and_a_server_follow_the_pages_word_by_word(homes: list[Ho
     until_true(state.exists, 120, "the run does not begin", homes)
     server.do(server.block(OPERATOR, "8. Stop, report, revoke"))
     assert run.wait(60) == 1
+    running = restart_after_a_kill(server, running, up, homes)
     run = server.start("exec " + server.block(OPERATOR, "6. Run"), "run")
     until_true(lambda: run.poll() is not None, 600, "the run does not end", homes)
     shown = (server.folder / "run.log").read_text()
