@@ -83,7 +83,9 @@ def test_the_status_names_devices_stage_and_refusals(fedface: Callable, server: 
     """In their words; nothing is computed from them."""
     printed = fedface("status", "server").out
     assert "server: running; devices connect to localhost:8443" in printed
-    assert "364 days\n" in printed
+    assert "364 days\n  certificates/ca.key is on this machine: move it away" in printed
+    (server / "certificates/ca.key").rename(server.parent / "ca.key")
+    assert "ca.key" not in fedface("status", "server").out
     assert "2 registered, 1 online\n  not online: attic (never connected)" in printed
     assert "run tiny: going on\n  round 2 of 6: devices train, 2 of 3 done, since 20" in printed
     assert "round 1 finished with cellar" in printed

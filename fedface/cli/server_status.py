@@ -43,6 +43,7 @@ class ServerStatus:
     address: str  # HOST:PORT for devices
     certificate_until: str  # ISO 8601, UTC
     certificate_days: int  # until then; below 0: expired
+    authority_key_here: bool  # whether ca.key is still in the folder, which a container mounts
     devices: dict[str, str | None]  # name -> state; None while the server does not run
     run: RunStatus | None  # None: none was started
 
@@ -70,6 +71,7 @@ def read_status(folder: Path) -> ServerStatus:
         address=ports.address,
         certificate_until=until.isoformat(timespec="seconds"),
         certificate_days=(until - datetime.now(UTC)).days,
+        authority_key_here=(folder / "certificates/ca.key").exists(),
         devices=known,
         run=_run_status(folder, started[-1], running=running) if started else None,
     )
@@ -147,6 +149,8 @@ def _lines(status: ServerStatus) -> Iterator[str]:
     yield f"certificate: valid until {status.certificate_until[:10]}, {left} days" + (
         "; replace it with `fedface server renew`" if left < 30 else ""
     )
+    if status.authority_key_here:
+        yield "  certificates/ca.key is on this machine: move it away, whoever has it can impersonate the server"
     states = list(status.devices.values())
     others = [
         f"{name} ({state})"
