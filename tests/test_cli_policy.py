@@ -64,7 +64,7 @@ def test_a_policy_is_printed_in_sentences(check, willing: Path, tmp_path: Path) 
     result = check(willing)
     assert (result.code, result.err) == (0, "")
     assert "at most epsilon 8 at delta 1e-5 per photo for life" in result.out
-    assert "updates may be sent masked, where 2 devices or more are summed" in result.out
+    assert "updates may be sent masked, where 3 devices or more are summed" in result.out
     assert "no ledger yet: nothing is spent" in result.out
     device = check(device_file(tmp_path))
     assert device.code == 0

@@ -86,7 +86,8 @@ class DevicePolicy:
     objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
     evaluation: bool = False  # may this device compute metrics on its photos, with noise?
     protocols: tuple[str, ...] = ("masked", "homomorphic")  # how updates may be sent
-    min_cohort_size: Annotated[int, AtLeast(1)] = 2  # fewest devices whose updates are summed
+    # Fewest devices whose updates are summed: of two, one that knows its own knows the other.
+    min_cohort_size: Annotated[int, AtLeast(1)] = 3
     # With masks: at least this share of the devices may collude with the server and not read this device's update.
     corrupt_share: Annotated[float, In("[0, 0.5)")] = 0.1
     trust_server: bool = False  # may runs take part whose noise the server adds?

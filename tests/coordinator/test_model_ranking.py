@@ -17,7 +17,7 @@ from fedface.cli import app
 from fedface.codec import loads
 from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, ranking_plan, run_ranking
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
-from fedface.experiment import Experiment, devices_folder, for_ranking, read_experiment
+from fedface.experiment import Experiment, devices_folder, for_ranking, ranking_name, read_experiment
 from fedface.messages.cohort import Cohort
 from fedface.messages.messages import EvaluateTask, Failure, Reply, Task, to_message
 from fedface.models.checkpoint import save_model
@@ -78,7 +78,7 @@ def ready(recipe: Experiment, folder: Path) -> Cohort:
 def test_an_interrupted_ranking_requests_only_what_is_missing(recipe: Experiment, tmp_path: Path) -> None:
     """One request per candidate, also over two runs; both devices spend the privacy budget together and not more."""
     models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
-    folder = tmp_path / "ranking"
+    folder = tmp_path / ranking_name(recipe)
     first = Counting(ready(recipe, folder), breaks_at=2)
     with pytest.raises(FederationError, match="line is cut"):
         run_ranking(recipe, models, first, folder, progress=SilentProgress())

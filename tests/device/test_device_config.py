@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from functools import partialmethod
 from pathlib import Path
 from typing import Literal
 
@@ -263,7 +262,7 @@ def test_a_manual_scan_postpones_rounds_until_it_ends(home: Path, monkeypatch: p
     device.ready()
     assert len(device.photos(16)) == 3
     index = PhotoIndex(default_cache(home / "photos"))
-    monkeypatch.setattr(PhotoIndex, "is_busy", partialmethod(_is_busy, timeout=0.05))
+    monkeypatch.setattr("fedface.photos.photo_index.BUSY_SECONDS", 0.05)
     with index.writing("another"):
         scanning = sqlite3.connect(index.path, isolation_level=None)
         scanning.execute("BEGIN IMMEDIATE")
@@ -272,9 +271,6 @@ def test_a_manual_scan_postpones_rounds_until_it_ends(home: Path, monkeypatch: p
         scanning.execute("ROLLBACK")
         scanning.close()
     device.ready()
-
-
-_is_busy = PhotoIndex.is_busy
 
 
 def test_an_index_of_a_folder_that_was_moved_is_erased_too(home: Path) -> None:
