@@ -14,6 +14,7 @@ from command_line import Result, caller
 from png_files import write_png
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
+from fedface.aggregation.homomorphic import HomomorphicKeys
 from fedface.atomic_io import locked_folder
 from fedface.cli.options import METHOD_NAMES
 from fedface.coordinator.run import initialize_run
@@ -297,6 +298,18 @@ def test_a_key_is_generated_once_and_only_for_encrypted_sums(fedface, tmp_path: 
     assert "never overwritten" in sentence(
         fedface("device", "keygen", "keys/sum.key", "--experiment", str(path))
     )
+
+
+def test_with_a_public_key_two_files_are_written_of_which_one_decrypts(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """One for this device, one for the others, with one name."""
+    path = tiny_file(tmp_path)
+    path.write_text(path.read_text().replace("{kind: plain}", "{kind: homomorphic, public_key: true}"))
+    result = fedface("device", "keygen", "sum.key", "--experiment", str(path))
+    assert (
+        result.code == 0 and "wrote sum.key.public: copy it to each other device as its sum.key" in result.out
+    )
+    own, others = (HomomorphicKeys.load(Path(name)) for name in ("sum.key", "sum.key.public"))
+    assert own.name == others.name and own.secret and not others.secret
 
 
 def test_a_ledger_is_shown_with_its_cost(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

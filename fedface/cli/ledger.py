@@ -45,12 +45,13 @@ def device_keygen(out: Path, device: Path | None, experiment: Path | None) -> No
     if keys is None:
         raise ConfigError(f"{experiment or device}: sums are not encrypted, so there is no key to share")
     out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    keys.save(out)
     if not keys.public:
+        keys.save(out)
         say(f"wrote {out} (key {keys.name}); copy it to each device, not to the server")
         return
     others = out.with_name(out.name + ".public")
     keys.for_others().save(others)
+    keys.save(out)
     say(f"wrote {out} (key {keys.name}), which decrypts: for this device alone")
     say(f"wrote {others}: copy it to each other device as its {KEY_FILE}")
 
