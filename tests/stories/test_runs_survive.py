@@ -377,7 +377,7 @@ def test_an_unplugged_photo_folder_costs_nothing_before_a_round_and_that_round_d
     photos, away, owner = tmp_path / "photos", tmp_path / "away", tmp_path / "device.yaml"
     owner.write_text(
         f"name: device-01\nphotos: {photos}\nstate: {devices_folder(run.folder) / 'device-01'}\n"
-        "answer_seconds: 0\npolicy: {max_epsilon: 8, delta: 1e-3, protocols: [masked]}\n"
+        "answer_seconds: 0\npolicy: {max_epsilon: 8, delta: 1e-3, protocols: [masked], min_cohort_size: 2}\n"
     )
 
     def change(number: int, device: Device) -> Device:
