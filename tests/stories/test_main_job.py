@@ -162,7 +162,7 @@ def test_a_run_killed_in_the_middle_of_a_round_continues(
     recipe = tiny_file(tmp_path)
     words = ["run", str(recipe), "--set", "training.rounds=2", "--set", "training.steps_per_round=8"]
     words += ["--set", "devices.light_fractions=[0.9, 0.5, 0.1]", "--set", "aggregation={kind: homomorphic}"]
-    words += ["--set", "policy={max_epsilon: 30, delta: 1e-3, protocols: [homomorphic]}"]
+    words += ["--set", "policy={max_epsilon: 30, delta: 1e-3, protocols: [homomorphic], min_cohort_size: 2}"]
     folder = tmp_path / "runs" / "tiny"
     work = PROCESSES.Process(target=_command, args=(tmp_path, words))
     work.start()
