@@ -15,8 +15,8 @@ from fedface.aggregation.payload import (
     AggregationConfig,
     AggregationParameters,
     MaskedConfig,
-    MaskSettings,
     PlainConfig,
+    corrupt_share,
     fewest_summed,
 )
 from fedface.aggregation.protocols import sum_ring
@@ -397,10 +397,6 @@ class Experiment:
         """The fraction of each device's units that is not trained on."""
         return 0.0 if self.evaluation is None else self.evaluation.holdout_fraction
 
-    @property
-    def _corrupt_share(self) -> float:
-        return self.aggregation.corrupt_share if isinstance(self.aggregation, MaskSettings) else 0.0
-
     def device_policy(self) -> DevicePolicy:
         """The policy of a simulated device: the given one, or one that allows exactly this run."""
         if self.policy is not None:
@@ -411,12 +407,12 @@ class Experiment:
                     max_epsilon=target.epsilon, delta=target.delta, objectives=(self.training.objective,),
                     min_cohort_size=1, protocols=(self.aggregation.kind,), unit=target.unit,
                     trust_server=target.noise == "central", honest_fraction=target.honest_fraction,
-                    evaluation=self.evaluation is not None, corrupt_share=self._corrupt_share,
+                    evaluation=self.evaluation is not None, corrupt_share=corrupt_share(self.aggregation),
                 )  # fmt: skip
             case NoPrivacy():
                 return DevicePolicy(
                     max_epsilon=1.0, delta=1e-5, objectives=(self.training.objective,), min_cohort_size=1,
-                    protocols=(self.aggregation.kind,), allow_no_dp=True, corrupt_share=self._corrupt_share,
+                    protocols=(self.aggregation.kind,), allow_no_dp=True, corrupt_share=corrupt_share(self.aggregation),
                 )  # fmt: skip
             case _:
                 assert_never(self.privacy)

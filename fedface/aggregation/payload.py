@@ -46,9 +46,8 @@ class AggregationParameters:
 
 
 SumOf = Literal["updates", "metrics"]
-Exchange = Literal[
-    "shares", "masked", "survivors", "decrypt", "reveal"
-]  # "decrypt": of homomorphic sums alone
+# "decrypt": of homomorphic sums alone.
+Exchange = Literal["shares", "masked", "survivors", "decrypt", "reveal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +77,8 @@ class PlainConfig:
 
     # How updates are combined; metrics are always summed.
     rule: Literal["mean", "median", "trimmed-mean"] = "mean"
-    trim: Annotated[float, In("(0, 0.5)")] = (
-        0.2  # of "trimmed-mean": share of the devices left out at each end
-    )
+    # Of "trimmed-mean": share of the devices left out at each end.
+    trim: Annotated[float, In("(0, 0.5)")] = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +127,14 @@ def fewest_summed(config: AggregationConfig, cohort: int) -> int:
     return cohort if isinstance(config, PlainConfig) else min(cohort, config.min_devices)
 
 
+def corrupt_share(config: AggregationConfig) -> float:
+    """The share of the devices that may collude with the server while masks hold; 0 without masks."""
+    return config.corrupt_share if isinstance(config, MaskSettings) else 0.0
+
+
 def purpose_of(config: AggregationConfig, cohort: int, objective: str) -> Purpose:
     """What a run asks of a device's policy, if `cohort` devices are asked."""
-    masks = config.corrupt_share if isinstance(config, MaskSettings) else 0.0
-    return Purpose(fewest_summed(config, cohort), config.kind, objective, masks)
+    return Purpose(fewest_summed(config, cohort), config.kind, objective, corrupt_share(config))
 
 
 def _refuse(problem: str) -> NoReturn:

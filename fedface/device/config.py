@@ -27,9 +27,7 @@ EXAMPLE = Path(__file__).with_name("device.example.yaml")
 # In the state folder:
 LEDGER_FILE = "ledger.sqlite"  # the record of privacy losses, transmissions and withdrawals for all runs
 SIGNING_KEY_FILE = "signing.key"  # signs this device's part in masked sums
-KEY_FILE = (
-    "sum.key"  # with which the devices of a run encrypt, and some decrypt, and which the server does not have
-)
+KEY_FILE = "sum.key"  # with which devices encrypt and some decrypt, and which the server does not have
 PLANS_FOLDER = "plans"  # the run plans that the owner has admitted
 INDEX_REGISTRY = "indexes.json"  # paths of the indexes of this device's photos
 PAUSED_FILE = "paused"  # while it exists, every task is refused

@@ -64,9 +64,8 @@ class Purpose(NamedTuple):
     cohort_size: int  # the fewest devices whose updates may be summed
     protocol: str  # how updates are protected: "masked", "homomorphic" or "plain"
     objective: str  # what is trained, such as "generator", or "evaluation"
-    corrupt_share: (
-        float  # of the devices, which may collude with the server and read no one's update; 0 without masks
-    )
+    # Of the devices, which may collude with the server and read no one's update; 0 without masks.
+    corrupt_share: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,8 @@ from fedface.privacy.releases import event_from_json, flatten_event
 from fedface.privacy.renyi_filter import filter_epsilon, within_filter
 from fedface.privacy_units import Unit
 
-ENTRY_LIFETIME = timedelta(
-    days=1
-)  # how long a computation may take, and what was recorded may wait to be sent
+# How long a computation may take, and what was recorded may wait to be sent.
+ENTRY_LIFETIME = timedelta(days=1)
 MAX_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
 MOMENTS = 24  # how often a total is computed for a table or a curve
 
