@@ -119,6 +119,11 @@ def _epsilon(experiment: Experiment, dp: DPParameters) -> Epsilon | NotMeasured:
     return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 
 
+def report_missing_metrics(progress: ProgressListener, why: str) -> None:
+    """Say that the sum of metrics is given up."""
+    progress.message(f"{why}; these metrics are given up, and the report lacks them")
+
+
 def evaluate_on_devices(
     experiment: Experiment,
     plan: Plan,
@@ -158,9 +163,7 @@ def evaluate_on_devices(
             progress=progress.advance,
             revealing=partial(progress.stage, f"devices reveal the sum of their metrics, {name} the run"),
             withdrawn=handler.drop,
-            given_up=lambda why: progress.message(
-                f"{why}; these metrics are given up, and the report lacks them"
-            ),
+            given_up=partial(report_missing_metrics, progress),
             folder=sums_folder(state.folder),
         )
         record = request_metrics(experiment, evaluation, cohort, members, listener)

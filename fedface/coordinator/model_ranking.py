@@ -21,7 +21,7 @@ from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_gr
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import dumps, encode, load
 from fedface.coordinator.aggregate import SumListener
-from fedface.coordinator.device_evaluation import Evaluation, request_metrics
+from fedface.coordinator.device_evaluation import Evaluation, report_missing_metrics, request_metrics
 from fedface.coordinator.requests import evaluation_request
 from fedface.coordinator.rounds import ProgressListener, participants
 from fedface.coordinator.run_state import sums_folder
@@ -162,9 +162,7 @@ def run_ranking(
             progress=progress.advance,
             revealing=partial(progress.stage, f"devices reveal the sum of candidate {number}"),
             withdrawn=withdrawn.update,
-            given_up=lambda why: progress.message(
-                f"{why}; these metrics are given up, and the report lacks them"
-            ),
+            given_up=partial(report_missing_metrics, progress),
             folder=sums_folder(folder),
         )
         metrics = request_metrics(experiment, evaluation, cohort, requested, listener)

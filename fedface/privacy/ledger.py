@@ -50,6 +50,7 @@ from fedface.privacy.spending import (
     counts_until,
     exceeded,
     fits_alone,
+    note_activity,
     price_of,
     price_with,
     rounds_that_fit,
@@ -696,11 +697,7 @@ class Ledger:
             self._charges, self._covered, self._activity = [], {}, {}
         for record in page.records[self._count :]:
             kind, entry = record.kind, record.entry
-            if kind == LedgerEntry.KIND:
-                self._activity[record.number] = record.written, False
-            elif entry is not None and kind in (Attempt.KIND, StoredReply.KIND, Transmission.KIND):
-                if kind != StoredReply.KIND or not self._activity[entry][1]:
-                    self._activity[entry] = record.written, kind != Attempt.KIND
+            note_activity(self._activity, kind, record.number, entry, record.written)
             if kind == LedgerEntry.KIND and entry is not None:
                 self._covered.setdefault(entry, []).append(record)
             elif kind in (RecordedRun.KIND, LedgerEntry.KIND):

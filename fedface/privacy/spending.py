@@ -45,23 +45,21 @@ Events = list[tuple[Event, int]]  # each so many times
 Activity = dict[int, tuple[str, bool]]
 
 
+def note_activity(activity: Activity, kind: str, number: int, entry: int | None, written: str) -> None:
+    """Note a record of the chain: its kind and number, the entry that it belongs to, and when it was written."""
+    if kind == LedgerEntry.KIND:
+        activity[number] = written, False
+    elif entry is not None and kind in (Attempt.KIND, StoredReply.KIND, Transmission.KIND):
+        # A second reply closes the first, and nothing leaves by that.
+        if kind != StoredReply.KIND or not activity[entry][1]:
+            activity[entry] = written, kind != Attempt.KIND
+
+
 def activity_of(records: Iterable[LedgerRecord]) -> Activity:
     """The latest record of each entry."""
     activity: Activity = {}
     for record in records:
-        match record:
-            case LedgerEntry():
-                activity[record.number] = record.written, False
-            case Attempt():
-                activity[record.entry] = record.written, False
-            case StoredReply():
-                # A second one closes the first, and nothing leaves by that.
-                if not activity[record.entry][1]:
-                    activity[record.entry] = record.written, True
-            case Transmission(entry=int(entry)):
-                activity[entry] = record.written, True
-            case _:
-                pass
+        note_activity(activity, record.KIND, record.number, getattr(record, "entry", None), record.written)
     return activity
 
 
