@@ -20,9 +20,7 @@ from fedface import number_format
 from fedface.atomic_io import replace_text
 from fedface.audits.bias import METRICS
 from fedface.audits.dp_ratio_estimates import DP_METRICS
-from fedface.audits.gradient_inversion import NOT_TESTED, THREAT_MODEL
 from fedface.measurements import Epsilon, Interval, NotMeasured
-from fedface.privacy.accounting import ADJACENCY
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy_units import PLURALS, describe_unit
 from fedface.reports import (
@@ -82,17 +80,11 @@ def render(record: RunRecord, folder: Path, *, so_far: str = "") -> str:
         ceilings = [formatting.ceilings_sentence(record.plan, attacks[0].identification.candidates)]
     attack_note = disclosures.attack_note(record)
     return html_template(TEMPLATE.read_text(encoding="utf-8")).render(
-        record=record,
+        **model_card.common_values(record),
         so_far=so_far,
         summary=headline_summary.headline_summary(record),
         when=_when(record),
         tiles=headline_summary.headline_numbers(record),
-        plan=record.plan,
-        dp=record.plan.dp_parameters,
-        is_private=isinstance(record.plan.privacy, PrivacyTarget),
-        formatting=formatting,
-        disclosures=disclosures,
-        device_metrics_section=device_metrics_section,
         spent=formatting.spent(record),
         covers=describe_unit(record.plan.dp_parameters.unit),
         turnout=_turnout(record),
@@ -116,10 +108,6 @@ def render(record: RunRecord, folder: Path, *, so_far: str = "") -> str:
             *ceilings,
             *(formatting.inversion_sentence(attack.scores) for attack in attacks),
         ],
-        no_limits=model_card.NO_LIMITS,
-        neighbours=ADJACENCY,
-        threat_model=THREAT_MODEL,
-        not_tested="; ".join(NOT_TESTED),
         experiment=json.dumps(record.experiment, indent=2, ensure_ascii=False),
     )
 

@@ -7,6 +7,7 @@ wrote is escaped, because Markdown allows HTML.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fedface.atomic_io import replace_text
 from fedface.audits.bias import METRICS
@@ -25,18 +26,29 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 NO_LIMITS = "The limits of this run were not documented; interpret its numbers with care."
 
 
+def common_values(record: RunRecord) -> dict[str, Any]:
+    """What the templates of the card and of the report page both print."""
+    return {
+        "record": record,
+        "plan": record.plan,
+        "dp": record.plan.dp_parameters,
+        "is_private": isinstance(record.plan.privacy, PrivacyTarget),
+        "disclosures": disclosures,
+        "formatting": formatting,
+        "device_metrics_section": device_metrics_section,
+        "neighbours": ADJACENCY,
+        "threat_model": THREAT_MODEL,
+        "not_tested": "; ".join(NOT_TESTED),
+        "no_limits": NO_LIMITS,
+    }
+
+
 def render(record: RunRecord) -> str:
     bias = record.bias_after if isinstance(record.bias_after, BiasRecord) else None
     own = device_metrics_section.groups_of(record.device_metrics[-1]) if record.device_metrics else {}
     text = markdown_template(TEMPLATE.read_text(encoding="utf-8")).render(
-        record=record,
-        plan=record.plan,
-        dp=record.plan.dp_parameters,
-        is_private=isinstance(record.plan.privacy, PrivacyTarget),
+        **common_values(record),
         headline_summary=headline_summary,
-        disclosures=disclosures,
-        formatting=formatting,
-        device_metrics_section=device_metrics_section,
         describe_unit=describe_unit,
         devices=[[device.id, device.description] for device in record.devices],
         updates=sum(len(entry.participants) for entry in record.rounds),
@@ -48,10 +60,6 @@ def render(record: RunRecord) -> str:
         device_heads=["Group", "Units", *map(device_metrics_section.title, DP_METRICS)],
         device_rows=[[name, *device_metrics_section.texts(group)] for name, group in own.items()],
         attacks=disclosures.applicable_attacks(record),
-        neighbours=ADJACENCY,
-        threat_model=THREAT_MODEL,
-        not_tested="; ".join(NOT_TESTED),
-        no_limits=NO_LIMITS,
     )
     return text + "\n"
 
