@@ -5,9 +5,7 @@ SuperLink and SuperNodes are Flower's own, with TLS and registered keys; only ng
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,12 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from superlink import superlink
 
 from fedface.cli.child_processes import Child, started
-from fedface.cli.server_certificates import make_certificates
-from fedface.device.node_key import node_public_key
 
-ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "name: kitchen\nphotos: photos\nstate: state\nserver: localhost:PORT\npolicy: {max_epsilon: 8, delta: 1e-6}\n"
 CONNECTED = "kitchen is connected to"
 
@@ -29,42 +25,8 @@ CONNECTED = "kitchen is connected to"
 @pytest.fixture
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file of a device whose key is registered at a SuperLink that runs."""
-    for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "indexes"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    certificates = tmp_path / "certificates"
-    make_certificates(certificates, ["localhost"])
-    folder = tmp_path / "one"
-    for inside in ("photos", "state"):
-        (folder / inside).mkdir(parents=True, mode=0o700)
-    shutil.copy(certificates / "ca.crt", folder)
-    (folder / "device.yaml").write_text(DEVICE.replace("PORT", str(port)))
-    (tmp_path / "node.pub").write_text(node_public_key(folder / "node"))
-    (tmp_path / "flwr").mkdir()
-    (tmp_path / "flwr" / "config.toml").write_text(
-        f'[superlink.here]\naddress = "127.0.0.1:{port}"\nroot-certificates = "{certificates / "ca.crt"}"\n'
-    )
-    command = [
-        "flower-superlink", "--host", "127.0.0.1", "--port", str(port), "--enable-supernode-auth",
-        "--ssl-ca-certfile", str(certificates / "ca.crt"), "--ssl-certfile", str(certificates / "server.crt"),
-        "--ssl-keyfile", str(certificates / "server.key"),
-    ]  # fmt: skip
-    with started(command, tmp_path / "superlink.log", folder=tmp_path) as superlink:
-        superlink.wait_until(lambda: listens(port), seconds=60)
-        flwr = Path(sys.executable).with_name("flwr")
-        subprocess.run([flwr, "supernode", "register", tmp_path / "node.pub", "here"], check=True, timeout=60)
-        yield folder / "device.yaml"
-
-
-def listens(port: int) -> bool:
-    """Whether SuperLink accepts connections."""
-    with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) == 0
+    with superlink(tmp_path, ["one"], DEVICE, monkeypatch) as files:
+        yield files[0]
 
 
 @contextmanager

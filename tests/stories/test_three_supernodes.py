@@ -5,11 +5,8 @@ SuperLink and SuperNodes are Flower's own, with TLS and registered keys; only ng
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,25 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 from hostile_bundle import project
+from superlink import FLWR, superlink
 from test_deployment import save_photos
-from test_one_key import listens
 from tiny import SilentProgress, tiny_gan
 
 from fedface.cli.child_processes import started
-from fedface.cli.server_certificates import make_certificates
 from fedface.coordinator.rounds import run_rounds
 from fedface.coordinator.run import initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.device.client import handle_task
 from fedface.device.device import Device, load_device
-from fedface.device.node_key import node_public_key
 from fedface.experiment import read_experiment
 from fedface.messages.messages import Failure, Reply, Task
 from fedface.models.checkpoint import flatten_parameters, load_model, save_model
 from fedface.tensor_types import Vector
 from fedface.training.gan import GanRound
 
-ROOT = Path(__file__).resolve().parents[2]
 DEVICE = """
 name: NAME
 photos: photos
@@ -76,42 +70,13 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Of a SuperLink that runs, where the keys of three devices are registered."""
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-    for name, value in quiet.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "indexes"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        number = free.getsockname()[1]
-    certificates = tmp_path / "certificates"
-    make_certificates(certificates, ["localhost"])
-    for name in ("one", "two", "three"):
-        folder = tmp_path / name
-        (folder / "state").mkdir(parents=True, mode=0o700)
-        save_photos(folder / "photos", 8, 0.5, name)
-        shutil.copy(certificates / "ca.crt", folder)
-        (folder / "device.yaml").write_text(DEVICE.replace("PORT", str(number)).replace("NAME", name))
-        (folder / "node.pub").write_text(node_public_key(folder / "node"))
-    (tmp_path / "flwr").mkdir()
-    (tmp_path / "flwr" / "config.toml").write_text(
-        f'[superlink.here]\naddress = "127.0.0.1:{number}"\nroot-certificates = "{certificates / "ca.crt"}"\n'
-    )
-    command = [
-        "flower-superlink", "--host", "127.0.0.1", "--port", str(number), "--enable-supernode-auth",
-        "--ssl-ca-certfile", str(certificates / "ca.crt"), "--ssl-certfile", str(certificates / "server.crt"),
-        "--ssl-keyfile", str(certificates / "server.key"),
-    ]  # fmt: skip
-    with started(command, tmp_path / "superlink.log", folder=tmp_path) as superlink:
-        superlink.wait_until(lambda: listens(number), seconds=60)
-        for name in ("one", "two", "three"):
-            flwr = Path(sys.executable).with_name("flwr")
-            key = tmp_path / name / "node.pub"
-            subprocess.run([flwr, "supernode", "register", key, "here"], check=True, timeout=60)
-        yield number
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Of three devices whose keys are registered at a SuperLink that runs."""
+    with superlink(tmp_path, ["one", "two", "three"], DEVICE, monkeypatch) as files:
+        for file in files:
+            file.with_name("photos").rmdir()
+            save_photos(file.with_name("photos"), 8, 0.5, file.parent.name)
+        yield [file.parent for file in files]
 
 
 class Local:
@@ -148,10 +113,9 @@ def trained_here(recipe: Path, folders: list[Path]) -> Vector:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_three_supernodes_with_masked_sums_end_with_the_model_of_plain_sums(
-    port: int, recipe: Path, tmp_path: Path
+    folders: list[Path], recipe: Path, tmp_path: Path
 ) -> None:
     """Up to half a grid step of each device; all three take part, and each ledger has what left."""
-    folders = [tmp_path / name for name in ("one", "two", "three")]
     app = tmp_path / "app"
     app.mkdir()
     described = project("app.py", server="app:app", client="app:client")
@@ -165,8 +129,7 @@ def test_three_supernodes_with_masked_sums_end_with_the_model_of_plain_sums(
             child = running.enter_context(started(command, folder / "device.log"))
             child.wait_until(lambda child=child: "is connected to" in child.output(), seconds=120)  # type: ignore[misc]
         config = f"experiment='{recipe}' folder='{tmp_path / 'runs'}'"
-        flwr = Path(sys.executable).with_name("flwr")
-        subprocess.run([flwr, "run", app, "here", "--run-config", config], check=True, timeout=120)
+        subprocess.run([FLWR, "run", app, "here", "--run-config", config], check=True, timeout=120)
         child.wait_until(weights.exists, seconds=240)
     found = flatten_parameters(*load_model(weights).modules())
     expected = trained_here(recipe, folders)
