@@ -7,8 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
+from fedface.aggregation.payload import AggregationParameters, MaskedConfig, SumContext
+from fedface.aggregation.protocols import DeviceKeys, device_sum, server_sum
+from fedface.aggregation.rehearsal import rehearse
 from fedface.audits.gradient_inversion import (
     CosineSearch,
     GradientOf,
@@ -23,6 +27,7 @@ from fedface.audits.gradient_inversion import (
 )
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
 from fedface.privacy.accounting import reconstruction_success_bound
+from fedface.privacy.clip_and_noise import clip_l2
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import Streams
 from fedface.tensor_types import Images
@@ -226,6 +231,32 @@ def test_without_noise_every_photo_is_identified_among_candidates(discriminator:
     )
     assert named.rate.estimate == 1.0 and named.bound == 1.0
     assert named.rate.count == 40 and named.candidates == 30
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+def test_a_masked_sum_without_noise_reveals_its_photos_and_one_with_noise_does_not(
+    discriminator: Discriminator, sigma: float
+) -> None:
+    """Eight of 60 faces, two on each of four devices: least squares on the sum finds exactly these, or not."""
+    gradient_of, faces = discriminator_gradient(discriminator), random_discs(60, rng("all"))
+    clipped = torch.stack([clip_l2(gradient_of(face[None]).detach(), 1.0) for face in faces])
+    members = torch.randperm(60, generator=rng("members"))[:8]
+    noise = sigma * torch.randn(len(clipped[0]), generator=rng("noise"))  # as the sum of all devices has it
+    updates = {
+        device: clipped[members[2 * device : 2 * device + 2]].sum(0) + noise / 4 for device in range(4)
+    }
+    agreement = AggregationParameters(value_range=8.0, max_devices=4)
+    context = SumContext(run="r", round=1, sum_of="updates", model="", terms="", cohort=4)
+    config = MaskedConfig(bits=24)
+    devices = {
+        member: device_sum(config, agreement, DeviceKeys(signing=Ed25519PrivateKey.generate()), context)
+        for member in updates
+    }
+    server = server_sum(config, agreement, context, len(clipped[0]))
+    total = rehearse(server, devices, updates.__getitem__, 1).result.total
+    weights = torch.linalg.lstsq(clipped.T.double(), total.double()[:, None]).solution[:, 0]
+    found = set(weights.topk(8).indices.tolist())
+    assert (found == set(members.tolist())) is (sigma == 0.0)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 50.0])
